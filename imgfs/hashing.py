@@ -1,0 +1,299 @@
+"""Digests of a stream of writes and of a whole file.
+
+A `DigestStream` is fed with the bytes of one image as they arrive. Each algorithm has a lane of its own, worked off
+by the threads of the shared `HashPool`; hashlib releases the GIL, so md5 and the configured algorithm run beside
+each other and beside the writes. Bytes that arrive out of order break the stream; the file must then be read again.
+
+Threading: `write`, `truncate` and `finish` of one stream are called by one thread at a time (the image's change
+lock sees to that). Lanes and byte counts are guarded by the pool's lock. Queued bytes are bounded, for each stream
+and for all together; a writer that is ahead of the hashes waits.
+"""
+
+import errno
+import hashlib
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from imgfs.errors import Interrupted
+
+CHECKSUM_ALGO = "md5"
+READ_BYTES = 1 << 20
+STREAM_QUEUE_BYTES = 8 << 20
+POOL_QUEUE_BYTES = 64 << 20
+BATCH_BYTES = 4 << 20
+HOLE_BATCH_BYTES = 64 << 20
+_ZEROS = bytes(1 << 20)
+
+
+class Verifier(Protocol):
+    """What `add()` feeds with every chunk: a signature verifier in the manner of Glance (behaviour 8)."""
+
+    def update(self, chunk: bytes, /) -> object: ...
+
+    def verify(self) -> object: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Digests:
+    """What was computed over `size` bytes: md5 and the configured algorithm, both in lower-case hex."""
+
+    size: int
+    checksum: str
+    os_hash_algo: str
+    os_hash_value: str
+
+
+@dataclass(frozen=True, slots=True)
+class Hole:
+    """A run of zeros that nobody has to keep in memory."""
+
+    length: int
+
+
+Chunk = bytes | memoryview | Hole
+
+
+def usable_algorithm(name: str) -> bool:
+    """Whether hashlib has `name` here, with a digest of fixed size (the shake family has none)."""
+    try:
+        return _new(name).digest_size > 0
+    except (ValueError, TypeError):
+        return False
+
+
+def hex_digits(algo: str) -> int:
+    """The length of a hex digest of `algo`."""
+    return _new(algo).digest_size * 2
+
+
+def _new(algo: str) -> "hashlib._Hash":
+    # md5 serves as a checksum here; FIPS systems allow it only when told so (Glance behaviour 8).
+    return hashlib.new(algo, usedforsecurity=False)
+
+
+def _update(state: "hashlib._Hash", chunk: Chunk) -> None:
+    if not isinstance(chunk, Hole):
+        state.update(chunk)
+        return
+    for _ in range(chunk.length // len(_ZEROS)):
+        state.update(_ZEROS)
+    state.update(memoryview(_ZEROS)[: chunk.length % len(_ZEROS)])
+
+
+def _queue_bytes(chunk: Chunk) -> int:
+    return 0 if isinstance(chunk, Hole) else len(chunk)
+
+
+@dataclass(slots=True, eq=False)
+class _Lane:
+    """One algorithm's share of a stream: the chunks that wait for it, in order. Guarded by the pool's lock."""
+
+    state: "hashlib._Hash"
+    chunks: deque[Chunk] = field(default_factory=deque)
+    queued_bytes: int = 0
+    busy: bool = False
+    failed: bool = False
+
+    def put(self, chunk: Chunk) -> None:
+        self.chunks.append(chunk)
+        self.queued_bytes += _queue_bytes(chunk)
+
+    def take(self) -> list[Chunk]:
+        """At most a batch; a long hole is handed out in parts, so that streams take turns."""
+        batch: list[Chunk] = []
+        while self.chunks and sum(map(_queue_bytes, batch)) < BATCH_BYTES:
+            chunk = self.chunks.popleft()
+            if isinstance(chunk, Hole):
+                if chunk.length > HOLE_BATCH_BYTES:
+                    self.chunks.appendleft(Hole(chunk.length - HOLE_BATCH_BYTES))
+                return [*batch, Hole(min(chunk.length, HOLE_BATCH_BYTES))]
+            batch.append(chunk)
+        return batch
+
+    def clear(self) -> None:
+        self.chunks.clear()
+        self.queued_bytes = 0
+
+
+class HashPool:
+    """Worker threads that feed lanes to hashlib, a bounded batch at a time."""
+
+    def __init__(self, threads: int | None = None) -> None:
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)
+        self._progress = threading.Condition(self._lock)
+        self._ready: deque[_Lane] = deque()
+        self._queued_bytes = 0
+        self._closed = False
+        self._threads = [
+            threading.Thread(target=self._run, name=f"imgfs-hash-{number}", daemon=True)
+            for number in range(threads or max(2, os.cpu_count() or 2))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def feed(self, lanes: list[_Lane], chunk: Chunk) -> None:
+        """Queue a chunk for every lane of a stream; waits while there is no room for it."""
+        length = _queue_bytes(chunk)
+        with self._lock:
+            while not self._has_room(lanes, length):
+                self._progress.wait()
+            for lane in lanes:
+                lane.put(chunk)
+                self._queued_bytes += length
+                if not lane.busy:
+                    lane.busy = True
+                    self._ready.append(lane)
+                    self._work.notify()
+
+    def drain(self, lanes: list[_Lane]) -> bool:
+        """Wait until the lanes are worked off; whether all of it was hashed."""
+        with self._lock:
+            while any(lane.busy for lane in lanes):
+                self._progress.wait()
+            return not any(lane.failed for lane in lanes)
+
+    def drop(self, lanes: list[_Lane]) -> None:
+        """Forget what is queued for the lanes."""
+        with self._lock:
+            for lane in lanes:
+                self._queued_bytes -= lane.queued_bytes
+                lane.clear()
+            self._progress.notify_all()
+
+    def close(self) -> None:
+        """End the workers, after the batches they are at."""
+        with self._lock:
+            self._closed = True
+            self._work.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _has_room(self, lanes: list[_Lane], length: int) -> bool:
+        queued = max(lane.queued_bytes for lane in lanes)
+        if queued == 0:
+            return True
+        return queued + length <= STREAM_QUEUE_BYTES and self._queued_bytes + length <= POOL_QUEUE_BYTES
+
+    def _run(self) -> None:
+        while (lane := self._next()) is not None:
+            with self._lock:
+                batch = lane.take()
+            try:
+                for chunk in batch:
+                    _update(lane.state, chunk)
+            except Exception:  # noqa: BLE001 - whoever finishes the stream is told
+                lane.failed = True
+            self._done(lane, batch)
+
+    def _next(self) -> _Lane | None:
+        with self._lock:
+            while not self._ready and not self._closed:
+                self._work.wait()
+            return self._ready.popleft() if self._ready and not self._closed else None
+
+    def _done(self, lane: _Lane, batch: list[Chunk]) -> None:
+        """A batch counts as queued until it is hashed, so the bound holds for all the memory in use."""
+        with self._lock:
+            if lane.queued_bytes:
+                hashed = min(sum(map(_queue_bytes, batch)), lane.queued_bytes)
+                lane.queued_bytes -= hashed
+                self._queued_bytes -= hashed
+            if lane.chunks:
+                self._ready.append(lane)
+                self._work.notify()
+            else:
+                lane.busy = False
+            self._progress.notify_all()
+
+
+class DigestStream:
+    """The digests of one image while its bytes arrive; `broken` once they did not arrive in order."""
+
+    def __init__(self, pool: HashPool, algo: str) -> None:
+        self._pool = pool
+        self._algo = algo
+        self._start()
+
+    def _start(self) -> None:
+        self._by_algo = {algo: _Lane(_new(algo)) for algo in (CHECKSUM_ALGO, self._algo)}
+        self._lanes = list(self._by_algo.values())
+        self._position = 0
+        self.broken = False
+
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        """Take bytes written at `offset`; a gap before them counts as zeros, a step back breaks the stream."""
+        if self.broken or not len(data):
+            return
+        if offset < self._position:
+            self.break_off()
+            return
+        self._skip_to(offset)
+        self._pool.feed(self._lanes, data)
+        self._position += len(data)
+
+    def truncate(self, size: int) -> None:
+        """Follow a change of the file's size: to zero starts anew, below what was hashed breaks the stream."""
+        if size < self._position or self.broken:
+            self.break_off()
+        if size == 0:
+            self._start()
+
+    def break_off(self) -> None:
+        """Give the stream up; what is queued is dropped."""
+        self.broken = True
+        self._pool.drop(self._lanes)
+
+    def finish(self, size: int) -> Digests | None:
+        """The digests of all `size` bytes, the rest up to there being zeros; None where the stream broke."""
+        if self.broken or size < self._position:
+            return None
+        self._skip_to(size)
+        if not self._pool.drain(self._lanes):
+            return None
+        checksum, value = (self._by_algo[algo].state.hexdigest() for algo in (CHECKSUM_ALGO, self._algo))
+        return Digests(size, checksum, self._algo, value)
+
+    def _skip_to(self, offset: int) -> None:
+        if offset > self._position:
+            self._pool.feed(self._lanes, Hole(offset - self._position))
+            self._position = offset
+
+
+def data_spans(fd: int, size: int) -> Iterator[tuple[int, int]]:
+    """The (start, end) byte ranges of a file that may hold data, holes left out (lseek(2), SEEK_DATA)."""
+    end = 0
+    while end < size:
+        try:
+            start = os.lseek(fd, end, os.SEEK_DATA)
+            hole = os.lseek(fd, start, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # the filesystem does not know: all of it may be data
+                yield end, size
+            return
+        yield start, min(hole, size)
+        end = hole
+
+
+def digest_file(fd: int, size: int, pool: HashPool, algo: str, stop: Callable[[], bool] = lambda: False) -> Digests:
+    """Read `size` bytes of a file and give their digests; holes are not read.
+
+    Raises Interrupted once `stop()` is true or the file turns out shorter, and the OSError of a failing read.
+    """
+    stream = DigestStream(pool, algo)
+    try:
+        for start, end in data_spans(fd, size):
+            for offset in range(start, end, READ_BYTES):
+                if stop():
+                    raise Interrupted("the reading for digests was given up")
+                stream.write(offset, os.pread(fd, min(READ_BYTES, end - offset), offset))
+        digests = stream.finish(size)
+    finally:
+        stream.break_off()
+    if digests is None:
+        raise Interrupted("the digests could not be finished")
+    return digests
