@@ -1,0 +1,320 @@
+"""One backing directory, reached only through its descriptor.
+
+Every file is named relative to that descriptor and opened without following a symlink; only regular files count.
+So neither a name nor a file that lies there can lead anywhere else, and a directory mounted over the path later
+does not change what is used. `DATADIR/.imgfs/` is imgfs's own room.
+
+Threading: all methods may be called at once from any thread; the filesystem arbitrates.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import secrets
+import stat
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from imgfs import names
+from imgfs.config import DatadirConfig, Mode
+from imgfs.errors import DatadirError, ImageNotFound, WriteDenied
+from imgfs.xattrs import NativeXattrs, ReadOnlyXattrs, SidecarXattrs, Xattrs, proc_path, supported
+
+log = logging.getLogger(__name__)
+
+FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""What a datadir says when it can't take an image for want of room."""
+LOCK_WAIT_SECONDS = 10.0
+_LOCK_RETRY_SECONDS = 0.05
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An image as the directory shows it: its name, inode number in the datadir."""
+
+    name: str
+    ino: int
+
+
+@dataclass(frozen=True, slots=True)
+class Replaced:
+    """A note that the copy of `name` with inode `ino` gives way to one in another datadir."""
+
+    token: str
+    name: str
+    ino: int
+
+
+def unusable(config: DatadirConfig) -> str | None:
+    """Why a datadir can't be used, in one line that says what to do; None where it can. Changes nothing."""
+    path = Path(config.path)
+    needed = os.R_OK | os.X_OK | (0 if config.mode is Mode.READ_ONLY else os.W_OK)
+    if path.is_dir():
+        return None if os.access(path, needed, effective_ids=True) else _denied(config)
+    if path.exists() or path.is_symlink():
+        return f"{path} is not a directory"
+    if config.mode is Mode.READ_ONLY:
+        return f"{path} does not exist; create it or take it out"
+    parent = next(candidate for candidate in path.parents if candidate.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK, effective_ids=True):
+        return f"{path} does not exist and can't be created in {parent}"
+    return None
+
+
+def _denied(config: DatadirConfig) -> str:
+    need = "readable" if config.mode is Mode.READ_ONLY else "writable"
+    return f"{config.path} is not {need} for uid {os.geteuid()}; change its permissions or take it out"
+
+
+class Datadir:
+    """An opened datadir. `tag` (1 to 32767) tells its inode numbers from those of the others."""
+
+    def __init__(self, config: DatadirConfig, file_perm: int = 0) -> None:
+        """Open the directory, creating it where it is missing (Glance behaviour 4), and lock it.
+
+        Raises DatadirError, with the path, where it can't be used or another imgfs uses it.
+        """
+        self.config = config
+        self.path = config.path
+        self.priority = config.priority
+        self.tag = 1
+        self._open()
+        try:
+            self._lock()
+            self._grant_search(file_perm)
+            self._own_fd = self._own_directory(names.OWN_DIRECTORY, self.fd)
+            self.xattrs = self._choose_xattrs()
+        except BaseException:
+            self.close()
+            raise
+
+    def __repr__(self) -> str:
+        return f"Datadir({self.path!r}, priority={self.priority}, mode={self.config.mode})"
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether new images may be placed here."""
+        return self.config.mode is Mode.READ_WRITE
+
+    @property
+    def writable(self) -> bool:
+        """Whether images here may be changed or removed."""
+        return self.config.mode is not Mode.READ_ONLY
+
+    def require_writable(self) -> None:
+        """Raise WriteDenied where the mode of the datadir is `ro`."""
+        if not self.writable:
+            raise WriteDenied(f"datadir {self.path} is read-only (mode: ro)")
+
+    def close(self) -> None:
+        """Give up the descriptors, and the lock with them."""
+        for attribute in ("_own_fd", "_xattrs_fd", "fd"):
+            fd = self.__dict__.pop(attribute, None)
+            if fd is not None:
+                os.close(fd)
+
+    # --- files ---
+
+    def pin(self, name: str) -> int:
+        """An O_PATH descriptor of an image; it needs no permission on the file and keeps its inode.
+
+        Raises ImageNotFound where there is no regular file of that name.
+        """
+        try:
+            fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
+        except FileNotFoundError:
+            raise ImageNotFound(f"no image {name!r}") from None
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise ImageNotFound(f"no image {name!r}")
+        return fd
+
+    def status(self, name: str) -> os.stat_result:
+        """lstat(2) of an image; raises ImageNotFound where there is no regular file of that name."""
+        try:
+            status = os.stat(name, dir_fd=self.fd, follow_symlinks=False)
+        except FileNotFoundError:
+            raise ImageNotFound(f"no image {name!r}") from None
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageNotFound(f"no image {name!r}")
+        return status
+
+    def has_any(self, name: str) -> bool:
+        """Whether anything at all has that name here, images or not."""
+        try:
+            os.stat(name, dir_fd=self.fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def create(self, name: str, mode: int) -> int:
+        """A new, empty file, open for reading and writing (O_EXCL: the name must be free)."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(name, flags, mode, dir_fd=self.fd)
+        self.xattrs.forget(fd)
+        return fd
+
+    def unlink(self, name: str) -> None:
+        """Remove a name; what is kept for the inode goes with it."""
+        os.unlink(name, dir_fd=self.fd)
+
+    def rename(self, old: str, new: str) -> None:
+        """Rename within the datadir, in one step (rename(2))."""
+        os.rename(old, new, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+
+    def entries(self) -> Iterator[Entry]:
+        """The images here, in the directory's order; symlinks, pipes and directories are no images."""
+        # A descriptor of its own: scandir moves the offset, which duplicates would share.
+        fd = os.open(".", _DIRECTORY, dir_fd=self.fd)
+        try:
+            with os.scandir(fd) as found:
+                for entry in found:
+                    if entry.is_file(follow_symlinks=False) and not names.is_reserved(entry.name):
+                        yield Entry(entry.name, entry.inode())
+        finally:
+            os.close(fd)
+
+    def inode_number(self, ino: int) -> int:
+        """An inode number that no image in another datadir has, the same for as long as the inode lives."""
+        if ino < 1 << 48:
+            return self.tag << 48 | ino
+        mixed = hashlib.blake2b(ino.to_bytes(8, "little"), digest_size=6).digest()
+        return self.tag << 48 | int.from_bytes(mixed, "little")
+
+    # --- the filesystem below ---
+
+    def filesystem(self) -> os.statvfs_result:
+        """statvfs(3) of the filesystem below."""
+        return os.fstatvfs(self.fd)
+
+    def free_bytes(self) -> int:
+        """What an unprivileged user may still write, in bytes (Glance behaviour 6)."""
+        numbers = self.filesystem()
+        return max(0, numbers.f_bavail * numbers.f_frsize)
+
+    def directory_status(self) -> os.stat_result:
+        """fstat(2) of the directory itself."""
+        return os.fstat(self.fd)
+
+    def sync(self) -> None:
+        """Put the directory's entries on stable storage."""
+        os.fsync(self.fd)
+
+    # --- replacing an image by one in another datadir ---
+
+    def note_replaced(self, name: str) -> Replaced:
+        """Put on stable storage that the copy of `name` here gives way; undone by `forget_replaced`."""
+        note = Replaced(f"replaced-{secrets.token_hex(8)}", name, self.status(name).st_ino)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        with open(os.open(note.token, flags, 0o600, dir_fd=self._own_fd), "w", encoding="ascii") as file:
+            json.dump({"name": os.fsencode(name).hex(), "ino": note.ino}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.fsync(cast(int, self._own_fd))
+        return note
+
+    def forget_replaced(self, note: Replaced) -> None:
+        """Take the note away."""
+        os.unlink(note.token, dir_fd=self._own_fd)
+
+    def notes_of_replaced(self) -> list[Replaced]:
+        """The notes that a crash left behind."""
+        if not self.writable or self._own_fd is None:
+            return []
+        return [
+            note
+            for token in os.listdir(proc_path(self._own_fd))
+            if token.startswith("replaced-") and (note := self._read_note(token))
+        ]
+
+    def _read_note(self, token: str) -> Replaced | None:
+        fd = os.open(token, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._own_fd)
+        with open(fd, "rb") as file:
+            try:
+                fields = json.load(file)
+                return Replaced(token, os.fsdecode(bytes.fromhex(fields["name"])), int(fields["ino"]))
+            except (ValueError, KeyError, TypeError):
+                return Replaced(token, "", -1)  # cut short: the rename it announces was never begun
+
+    # --- opening ---
+
+    def _open(self) -> None:
+        reason = unusable(self.config)
+        if reason:
+            raise DatadirError(reason)
+        try:
+            if self.writable:
+                Path(self.path).mkdir(parents=True, exist_ok=True)
+            self.fd = os.open(self.path, _DIRECTORY)
+        except OSError as error:
+            raise DatadirError(f"datadir {self.path} can't be opened: {error.strerror}", error.errno) from None
+
+    def _lock(self) -> None:
+        """One imgfs at a time: two would not see each other's creates and seals."""
+        kind = fcntl.LOCK_EX if self.writable else fcntl.LOCK_SH
+        deadline = time.monotonic() + LOCK_WAIT_SECONDS
+        while True:
+            try:
+                fcntl.flock(self.fd, kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    message = f"datadir {self.path} is in use by another imgfs; unmount that one first"
+                    raise DatadirError(message, errno.EBUSY) from None
+                time.sleep(_LOCK_RETRY_SECONDS)
+                continue
+            except OSError as error:
+                log.info("datadir %s can't be locked (%s); make sure that only one imgfs uses it", self.path, error)
+            return
+
+    def _grant_search(self, file_perm: int) -> None:
+        """Let those whom `file_perm` serves reach the files (Glance behaviour 5)."""
+        wanted = (0o010 if file_perm & 0o070 else 0) | (0o001 if file_perm & 0o007 else 0)
+        mode = stat.S_IMODE(os.fstat(self.fd).st_mode)
+        if mode | wanted == mode or not self.writable:
+            return
+        try:
+            os.fchmod(self.fd, mode | wanted)
+        except OSError as error:
+            log.warning("datadir %s: can't set mode %o: %s", self.path, mode | wanted, error.strerror)
+
+    def _own_directory(self, name: str, parent_fd: int) -> int | None:
+        """The descriptor of a directory of imgfs's own, made where it is missing; None where it may not be."""
+        try:
+            if self.writable:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(name, 0o700, dir_fd=parent_fd)
+            return os.open(name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=parent_fd)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            message = f"datadir {self.path}: {name} in it can't be used: {error.strerror}"
+            raise DatadirError(message, error.errno) from None
+
+    def _choose_xattrs(self) -> Xattrs:
+        if supported(self.fd):
+            below: Xattrs | None = NativeXattrs()
+        else:
+            own = self._own_fd
+            self._xattrs_fd = None if own is None else self._own_directory("xattrs", own)
+            below = None if self._xattrs_fd is None else SidecarXattrs(self._xattrs_fd)
+        return below if below and self.writable else ReadOnlyXattrs(below)
+
+
+def give_tags(datadirs: list[Datadir]) -> None:
+    """Give each datadir its tag: from its path, so that inode numbers stay the same from mount to mount."""
+    taken: set[int] = set()
+    for datadir in datadirs:
+        digest = hashlib.blake2b(os.fsencode(datadir.path), digest_size=2).digest()
+        tag = int.from_bytes(digest, "little") & 0x7FFF or 1
+        while tag in taken:
+            tag = tag % 0x7FFF + 1
+        taken.add(tag)
+        datadir.tag = tag
