@@ -1,0 +1,360 @@
+"""One image while anybody is concerned with it: its descriptors, its writers, its stream, its state.
+
+An `Image` stands for one inode of a datadir and lives in the store's table as long as it is referenced (by a handle,
+by sealing, by one call). What has to outlast that is in the record. It knows nothing of the namespace.
+
+Threading: `change_lock` keeps changes of the file and of its record apart, one at a time; it is held over I/O on
+this file alone. `lock` (a condition) guards the fields marked so and is never held over I/O; waiters for a state
+wait on it. Where both are taken, `change_lock` comes first.
+"""
+
+import errno
+import logging
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+
+from imgfs import record
+from imgfs.datadir import Datadir
+from imgfs.errors import Interrupted, NotPermitted
+from imgfs.hashing import DigestStream
+from imgfs.record import Expectations, Record, State
+from imgfs.times import set_times
+from imgfs.xattrs import proc_path
+
+log = logging.getLogger(__name__)
+
+WAIT_SECONDS = 0.1
+_ZEROS = bytes(1 << 20)
+_READ = os.O_RDONLY | os.O_CLOEXEC
+_WRITE = os.O_RDWR | os.O_CLOEXEC
+
+StreamFactory = Callable[[], DigestStream]
+Key = tuple[int, int]
+
+
+def key_of(status: os.stat_result) -> Key:
+    """What tells inodes apart: the device and inode number below."""
+    return status.st_dev, status.st_ino
+
+
+class Image:
+    """An inode that somebody is concerned with. `name` is None once it was unlinked."""
+
+    def __init__(self, datadir: Datadir, name: str, path_fd: int, new_stream: StreamFactory, thin: bool) -> None:
+        self.datadir = datadir
+        self.name: str | None = name
+        self.path_fd = path_fd
+        self.key = key_of(os.fstat(path_fd))
+        self.references = 0  # guarded by the store's table lock
+        self.change_lock = threading.RLock()
+        self.lock = threading.Condition()
+        self.handles = 0  # guarded by lock
+        self.writers = 0  # guarded by lock: handles that may write
+        self.unflushed = 0  # guarded by lock: of those, the ones written to since their last flush
+        self.unsealed = False  # guarded by lock: bytes have changed since there was a record
+        self.sealing = False  # guarded by lock: a seal is queued or under way
+        self.seal_again = False  # guarded by lock: writers came and went while it was
+        self.seal_error: OSError | None = None  # guarded by lock: why the last seal failed
+        self.failed = False  # guarded by lock: sealed, and an expectation was not met
+        self.declared_bytes = 0  # guarded by lock: size announced, for the reservation
+        self.is_new = False  # created here: its directory entry is not on stable storage yet
+        self.changes = 0  # guarded by change_lock: counts changes of the bytes
+        self.mtime_ns = 0  # guarded by change_lock: as imgfs's own changes left it
+        self.expectations = Expectations()  # guarded by change_lock
+        self._stream: DigestStream | None = None  # guarded by change_lock
+        self._new_stream = new_stream
+        self._thin = thin
+        self._read_fd: int | None = None
+        self._write_fd: int | None = None
+
+    # --- descriptors ---
+
+    def open_for_read(self) -> int:
+        """A descriptor that can be read from, shared by all handles."""
+        with self.lock:
+            if self._read_fd is None and self._write_fd is None:
+                self._read_fd = os.open(proc_path(self.path_fd), _READ)
+            return self.fd
+
+    def open_for_write(self) -> int:
+        """A descriptor that can be read from and written to, shared by all writers."""
+        with self.lock:
+            if self._write_fd is None:
+                self._write_fd = os.open(proc_path(self.path_fd), _WRITE)
+            return self._write_fd
+
+    def adopt(self, fd: int) -> None:
+        """Take over the descriptor of a file that was just created; its bytes are all still to come."""
+        self._write_fd = fd
+        self.unsealed = True
+        self.is_new = True
+        self.mtime_ns = os.fstat(fd).st_mtime_ns
+        self._stream = self._new_stream()
+
+    @property
+    def fd(self) -> int:
+        """The descriptor to read from; one of the open_for_ methods must have been called."""
+        fd = self._write_fd if self._read_fd is None else self._read_fd
+        if fd is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        return fd
+
+    def move_to(self, datadir: Datadir, fd: int) -> None:
+        """Continue in another, equal file: every descriptor is made to mean it (dup2 is atomic for readers)."""
+        path_fd = os.open(proc_path(fd), os.O_PATH | os.O_CLOEXEC)
+        os.dup2(path_fd, self.path_fd, inheritable=False)
+        os.close(path_fd)
+        for own in {self._read_fd, self._write_fd} - {None, fd}:
+            os.dup2(fd, own, inheritable=False)  # type: ignore[arg-type]
+        os.close(fd)
+        self.datadir = datadir
+        self.key = key_of(os.fstat(self.path_fd))
+        self.mtime_ns = os.fstat(self.path_fd).st_mtime_ns
+
+    def close(self) -> None:
+        """Give up all descriptors; called when the last reference goes."""
+        if self._stream is not None:
+            self._stream.break_off()
+        for fd in (self._read_fd, self._write_fd, self.path_fd):
+            if fd is not None:
+                os.close(fd)
+
+    def status(self) -> os.stat_result:
+        """fstat(2) of the file as it is now."""
+        return os.fstat(self.path_fd)
+
+    # --- changing the bytes ---
+
+    def write(self, data: bytes | memoryview, offset: int) -> int:
+        """Write all of `data` at `offset` and pass it to the digests; gives the bytes written.
+
+        Fewer come back only where the rest hit an error that the next call will show (write(2)).
+        """
+        with self.change_lock:
+            self._before_change()
+            try:
+                written = self._write_all(data, offset)
+            finally:
+                self._after_change()
+            if self._stream is not None:
+                self._stream.write(offset, memoryview(data)[:written])
+        return written
+
+    def truncate(self, size: int) -> None:
+        """ftruncate(2), followed by the digests."""
+        with self.change_lock:
+            fd = self.open_for_write()
+            self._before_change()
+            try:
+                os.ftruncate(fd, size)
+            finally:
+                self._after_change()
+            if size == 0 and self._stream is None:
+                self._stream = self._new_stream()
+            elif self._stream is not None:
+                self._stream.truncate(size)
+
+    def _before_change(self) -> None:
+        """Before the first changed byte, the old record goes, on stable storage: it vouches for other bytes."""
+        self.changes += 1
+        if self.unsealed:
+            return
+        if self._drop_record():
+            os.fsync(self.open_for_write())
+        with self.lock:
+            self.unsealed = True
+            self.failed = False
+        self.expectations = Expectations()
+        self._stream = self._new_stream() if self.status().st_size == 0 else None
+
+    def _drop_record(self) -> bool:
+        try:
+            self.datadir.xattrs.remove(self.path_fd, record.XATTR)
+        except OSError as error:
+            if error.errno != errno.ENODATA:
+                raise
+            return False
+        return True
+
+    def _after_change(self) -> None:
+        self.mtime_ns = os.fstat(self.path_fd).st_mtime_ns
+
+    def _write_all(self, data: bytes | memoryview, offset: int) -> int:
+        fd = self.open_for_write()
+        if self._thin and _ZEROS.startswith(data) and offset >= os.fstat(fd).st_size:
+            os.ftruncate(fd, offset + len(data))
+            return len(data)
+        view, written = memoryview(data), 0
+        while written < len(data):
+            try:
+                written += os.pwrite(fd, view[written:], offset + written)
+            except OSError:
+                if written:
+                    break
+                raise
+        return written
+
+    # --- attributes of the file ---
+
+    def set_times(self, times_ns: tuple[int, int]) -> None:
+        """Set atime and mtime, in ns or as `times` has it; a record that holds is made to hold for the new mtime."""
+        with self.change_lock:
+            before = self.status()
+            held = None if self.unsealed else self.stored_record()
+            set_times(proc_path(self.path_fd), times_ns)
+            after = self.status()
+            if self.mtime_ns == before.st_mtime_ns:
+                self.mtime_ns = after.st_mtime_ns
+            if held is not None and held.holds_for(before) and after.st_mtime_ns != before.st_mtime_ns:
+                self.store_record(held.stamped(after.st_mtime_ns))
+
+    def set_mode(self, mode: int) -> None:
+        """fchmod(2)."""
+        os.chmod(proc_path(self.path_fd), mode)
+
+    def set_owner(self, uid: int, gid: int) -> None:
+        """fchown(2); -1 leaves one as it is."""
+        os.chown(proc_path(self.path_fd), uid, gid)
+
+    # --- state ---
+
+    def stored_record(self) -> Record | None:
+        """The record kept with the file, whether or not it still holds."""
+        try:
+            return record.decode(self.datadir.xattrs.get(self.path_fd, record.XATTR))
+        except OSError as error:
+            if error.errno == errno.ENODATA:
+                return None
+            raise
+
+    def store_record(self, new: Record) -> None:
+        """Keep a record with the file."""
+        self.datadir.xattrs.set(self.path_fd, record.XATTR, new.encode())
+
+    def valid_record(self) -> Record | None:
+        """The record, where it holds for the file as it is and nothing has changed since."""
+        if self.unsealed:
+            return None
+        held = self.stored_record()
+        return held if held is not None and held.holds_for(self.status()) else None
+
+    def state(self) -> State:
+        """The state of the image; never waits."""
+        with self.lock:
+            if self.unsealed and (self.writers or self.sealing):
+                return State.SAVING
+        held = self.valid_record()
+        return held.state if held else State.STALE
+
+    def require_saving(self) -> None:
+        """Raise NotPermitted unless the image is being written or sealed."""
+        if self.state() is not State.SAVING:
+            raise NotPermitted(f"image {self.name!r} is not being written: too late to expect something of it")
+
+    def expect(self, **expected: int | str) -> None:
+        """Declare what sealing must find (fields of Expectations); raises NotPermitted unless it is saving."""
+        with self.change_lock:
+            self.require_saving()
+            self.expectations = replace(self.expectations, **expected)  # type: ignore[arg-type]
+            # Kept with the file, so that a crash can't turn an unfinished image into a good one.
+            self.store_record(Record(State.SAVING, expectations=self.expectations))
+
+    def begin_sealing(self) -> bool:
+        """Enter the phase of sealing; False where one is under way, which then looks again at what changed."""
+        with self.lock:
+            self.seal_again = self.sealing
+            if self.sealing:
+                return False
+            self.sealing = True
+            self.seal_error = None
+            return True
+
+    def end_sealing(self) -> None:
+        """Leave it, and wake those who wait."""
+        with self.lock:
+            self.sealing = False
+            self.lock.notify_all()
+
+    def take_stream(self) -> tuple[DigestStream | None, int]:
+        """Hand the stream over to sealing, with the count of changes it stands for; later writes break it."""
+        with self.change_lock:
+            stream, self._stream = self._stream, None
+            return stream, self.changes
+
+    def outstanding_bytes(self) -> int:
+        """Of the declared size, what is not yet allocated in the datadir."""
+        return max(0, self.declared_bytes - self.status().st_blocks * 512) if self.declared_bytes else 0
+
+    def wait_while_sealing(self, interrupted: Callable[[], bool]) -> None:
+        """Wait until nobody writes and no seal is under way; raises Interrupted when the caller is."""
+        with self.lock:
+            while self.sealing or (self.unsealed and self.writers):
+                if interrupted():
+                    raise Interrupted("interrupted while waiting for the image to be sealed")
+                self.lock.wait(WAIT_SECONDS)
+
+
+class Handle:
+    """An open image, as read(2) and write(2) want it. Closed once, by whoever opened it."""
+
+    def __init__(self, image: Image, writable: bool) -> None:
+        self.image = image
+        self.writable = writable
+        with image.lock:
+            self._unflushed = writable and image.unsealed
+            image.handles += 1
+            image.writers += writable
+            image.unflushed += self._unflushed
+
+    def read(self, size: int, offset: int) -> bytes:
+        """At most `size` bytes from `offset`; empty at the end. Raises EIO for a failed image."""
+        if self.image.failed:
+            raise OSError(errno.EIO, f"image {self.image.name!r} failed an expectation; it is not served")
+        return os.pread(self.image.fd, size, offset)
+
+    def write(self, data: bytes | memoryview, offset: int) -> int:
+        """Write at `offset`; gives the bytes written."""
+        self._require_writable()
+        self._set_unflushed(True)
+        return self.image.write(data, offset)
+
+    def truncate(self, size: int) -> None:
+        """ftruncate(2)."""
+        self._require_writable()
+        self.image.truncate(size)
+
+    def status(self) -> os.stat_result:
+        """fstat(2)."""
+        return self.image.status()
+
+    def flush(self) -> None:
+        """Called at every close(2) of a descriptor of this handle: what it wrote is complete, for now."""
+        self._set_unflushed(False)
+
+    def close(self) -> bool:
+        """Give the handle up; True where it was the last that could write, and sealing is to be started now."""
+        self.flush()
+        image = self.image
+        with image.lock:
+            image.handles -= 1
+            image.writers -= self.writable
+            if not self.writable or image.writers:
+                return False
+            image.declared_bytes = 0
+            return image.unsealed and image.name is not None and image.begin_sealing()
+
+    def sync(self, data_only: bool = False) -> None:
+        """fsync(2) or fdatasync(2)."""
+        (os.fdatasync if data_only else os.fsync)(self.image.fd)
+
+    def _require_writable(self) -> None:
+        if not self.writable:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    def _set_unflushed(self, unflushed: bool) -> None:
+        if unflushed != self._unflushed:
+            with self.image.lock:
+                self.image.unflushed += 1 if unflushed else -1
+            self._unflushed = unflushed

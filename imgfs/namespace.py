@@ -1,0 +1,314 @@
+"""The flat namespace over the datadirs: finding, creating, placing, renaming and removing images.
+
+It also keeps the table of live images, so that everybody who is concerned with an inode shares one `Image`. Nothing
+else is remembered: what a name means is asked of the datadirs each time.
+
+Threading: all methods may be called from any thread. `_table_lock` guards the table and is never held over I/O;
+`_placing` makes choosing a datadir and reserving room in it one step; names that change are locked one by one. Order:
+names, then an image's change lock, then `_placing`, then `_table_lock`.
+"""
+
+import contextlib
+import errno
+import logging
+import os
+import stat
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from imgfs import names, placement
+from imgfs.datadir import FULL_ERRNOS, Datadir
+from imgfs.errors import ImageExists, ImageNotFound, ReservedName, StorageFull
+from imgfs.image import Image, Key, StreamFactory
+from imgfs.name_locks import NameLocks
+from imgfs.xattrs import proc_path
+
+log = logging.getLogger(__name__)
+
+_PASSED_OVER = FULL_ERRNOS | {errno.EROFS}
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Whom a new image belongs to; -1: whomever the datadir gives it to."""
+
+    uid: int = -1
+    gid: int = -1
+
+
+NOBODY_IN_PARTICULAR = Owner()
+
+
+class Namespace:
+    """The images of several datadirs, highest priority first, under one set of names."""
+
+    def __init__(self, datadirs: Sequence[Datadir], new_stream: StreamFactory, thin: bool) -> None:
+        self.datadirs = datadirs
+        self._new_stream = new_stream
+        self._thin = thin
+        self._names = NameLocks()
+        self._placing = threading.Lock()
+        self._table_lock = threading.Lock()
+        self._live: dict[Key, Image] = {}  # guarded by _table_lock
+        self._finish_replacements()
+
+    # --- finding ---
+
+    def listing(self) -> Iterator[tuple[str, int]]:
+        """Every image, once: its name and its inode number."""
+        seen: set[str] = set()
+        for datadir in self.datadirs:
+            for entry in datadir.entries():
+                if entry.name in seen:
+                    continue
+                if len(self.datadirs) > 1:
+                    seen.add(entry.name)
+                yield entry.name, datadir.inode_number(entry.ino)
+
+    def status(self, name: str) -> tuple[Datadir, os.stat_result]:
+        """The datadir of an image and its lstat(2) there. Raises ImageNotFound."""
+        self._check_known(name)
+        for datadir in self.datadirs:
+            with contextlib.suppress(ImageNotFound):
+                return datadir, datadir.status(name)
+        raise ImageNotFound(f"no image {name!r}")
+
+    @contextlib.contextmanager
+    def image(self, name: str) -> Iterator[Image]:
+        """The image of a name, for the duration of a block. Raises ImageNotFound."""
+        image = self.pin(name)
+        try:
+            yield image
+        finally:
+            self.let_go(image)
+
+    def pin(self, name: str) -> Image:
+        """The image of a name with one more reference, which `let_go` takes back. Raises ImageNotFound."""
+        self._check_known(name)
+        for datadir in self.datadirs:
+            with contextlib.suppress(ImageNotFound):
+                return self._shared(self._image(datadir, name, datadir.pin(name)))
+        raise ImageNotFound(f"no image {name!r}")
+
+    def hold(self, image: Image) -> Image:
+        """One more reference to an image that is referenced already."""
+        with self._table_lock:
+            image.references += 1
+        return image
+
+    def let_go(self, image: Image) -> None:
+        """One reference less; the last one closes the image."""
+        with self._table_lock:
+            image.references -= 1
+            if image.references:
+                return
+            del self._live[image.key]
+        image.close()
+
+    def live_images(self) -> list[Image]:
+        """The images that somebody is concerned with at this moment."""
+        with self._table_lock:
+            return list(self._live.values())
+
+    def _check_known(self, name: str) -> None:
+        try:
+            names.check(name)
+        except ReservedName:
+            raise ImageNotFound(f"no image {name!r}") from None
+
+    def _image(self, datadir: Datadir, name: str, path_fd: int) -> Image:
+        return Image(datadir, name, path_fd, self._new_stream, self._thin)
+
+    def _shared(self, fresh: Image) -> Image:
+        """The live image of the inode of `fresh`: `fresh` itself where there is none yet."""
+        with self._table_lock:
+            live = self._live.setdefault(fresh.key, fresh)
+            live.references += 1
+        if live is not fresh:
+            fresh.close()
+        return live
+
+    # --- creating and placing ---
+
+    def create(self, name: str, mode: int, owner: Owner = NOBODY_IN_PARTICULAR) -> Image:
+        """A new, empty image on the best datadir, referenced once and ready to be written.
+
+        Raises ImageExists where the name is taken in whichever datadir, StorageFull where no datadir has room.
+        """
+        names.check(name)
+        with self._names.held(name):
+            if any(datadir.has_any(name) for datadir in self.datadirs):
+                raise ImageExists(f"image {name!r} exists")
+            datadir, fd = self._create_in(self._placed(None), name, mode, owner)
+            path_fd = os.open(proc_path(fd), os.O_PATH | os.O_CLOEXEC)
+            image = self._image(datadir, name, path_fd)
+            image.adopt(fd)
+            return self._shared(image)
+
+    def declare_size(self, image: Image, size: int, strict: bool) -> None:
+        """Reserve `size` bytes for an image that is being written; place it anew while it is still empty.
+
+        Where no datadir can take it: StorageFull if `strict`, otherwise nothing is reserved (a sparse file may be
+        larger than the disk).
+        """
+        with self._named(image), image.change_lock, self._placing:
+            image.declared_bytes = 0
+            empty = image.name is not None and image.status().st_size == 0
+            fitting = [datadir for datadir in self._placed(size) if empty or datadir is image.datadir]
+            if not fitting and strict:
+                raise StorageFull(f"no datadir has room for the {size} bytes declared for {image.name!r}")
+            if not fitting:
+                return
+            if image.datadir not in fitting or image.datadir.priority != fitting[0].priority:
+                self._place_anew(image, fitting)
+            image.declared_bytes = size
+
+    def reserved_bytes(self, datadir: Datadir) -> int:
+        """What is promised to images that are being written in a datadir and not allocated yet."""
+        return sum(
+            image.outstanding_bytes()
+            for image in self.live_images()
+            if image.declared_bytes and image.datadir is datadir
+        )
+
+    def _placed(self, size: int | None) -> list[Datadir]:
+        return placement.order((self._candidate(d) for d in self.datadirs if d.takes_images), size)
+
+    def _candidate(self, datadir: Datadir) -> placement.Candidate[Datadir]:
+        kept = self.reserved_bytes(datadir) + datadir.config.min_free_bytes
+        return placement.Candidate(datadir, datadir.priority, datadir.free_bytes() - kept)
+
+    def _create_in(self, datadirs: Iterable[Datadir], name: str, mode: int, owner: Owner) -> tuple[Datadir, int]:
+        """A new file in the first datadir that takes it."""
+        for datadir in datadirs:
+            try:
+                return datadir, _create_file(datadir, name, mode, owner)
+            except FileExistsError:
+                raise ImageExists(f"image {name!r} exists") from None
+            except OSError as error:
+                if error.errno not in _PASSED_OVER:
+                    raise
+                log.warning("datadir %s is passed over for %r: %s", datadir.path, name, error.strerror)
+        raise StorageFull(f"no datadir has room for {name!r}")
+
+    def _place_anew(self, image: Image, fitting: list[Datadir]) -> None:
+        """Move an image that has no bytes yet; its handles continue in the new file."""
+        assert image.name is not None
+        before, old = image.status(), image.datadir
+        mode, owner = stat.S_IMODE(before.st_mode), Owner(before.st_uid, before.st_gid)
+        datadir, fd = self._create_in(fitting, image.name, mode, owner)
+        for attribute in old.xattrs.list(image.path_fd):
+            if attribute.startswith("user."):
+                datadir.xattrs.set(fd, attribute, old.xattrs.get(image.path_fd, attribute))
+        old.xattrs.forget(image.path_fd)
+        with self._table_lock:
+            del self._live[image.key]
+            image.move_to(datadir, fd)
+            self._live[image.key] = image
+        old.unlink(image.name)
+
+    @contextlib.contextmanager
+    def _named(self, image: Image) -> Iterator[None]:
+        """Hold the lock of the name that an image has, whatever it is by then."""
+        while True:
+            name = image.name
+            with self._names.held(*([name] if name is not None else [])):
+                if image.name == name:
+                    yield
+                    return
+
+    # --- removing and renaming ---
+
+    def delete(self, name: str) -> None:
+        """Remove an image; handles that are open keep it readable. Raises ImageNotFound, or the true errno."""
+        with self._names.held(name), self.image(name) as image:
+            image.datadir.require_writable()
+            self._unlink(image)
+
+    def discard(self, image: Image) -> None:
+        """Remove an image at hand, whatever its name is now; one without a name is gone already."""
+        with self._named(image):
+            if image.name is not None:
+                self._unlink(image)
+
+    def rename(self, old: str, new: str, may_replace: Callable[[Image], None]) -> None:
+        """Rename an image; one that has the new name already is replaced, in whatever datadir it lies.
+
+        The image stays in its datadir, with its record. After a crash at any point the store shows the state
+        before or the state after. `may_replace` is asked about an image that would go, and raises where it may
+        not. Raises ImageNotFound, ImageExists where something that is no image has the name.
+        """
+        names.check(new)
+        with self._names.held(old, new), self.image(old) as image:
+            image.datadir.require_writable()
+            if old == new:
+                return
+            with contextlib.ExitStack() as stack:
+                target = None
+                with contextlib.suppress(ImageNotFound):
+                    target = stack.enter_context(self.image(new))
+                if target is image:
+                    return  # two names of one inode: rename(2) does nothing
+                if target is not None:
+                    may_replace(target)
+                self._rename(image, old, new, target)
+
+    def _rename(self, image: Image, old: str, new: str, target: Image | None) -> None:
+        here = target is not None and target.datadir is image.datadir
+        if not here and image.datadir.has_any(new):
+            raise ImageExists(f"{new!r} is taken in {image.datadir.path} by something else; remove that first")
+        if target is not None and not here:
+            self._replace_elsewhere(image, old, new, target)
+        else:
+            image.datadir.rename(old, new)
+            if target is not None:
+                self._forget(target)
+        image.name = new
+
+    def _replace_elsewhere(self, image: Image, old: str, new: str, target: Image) -> None:
+        """Two directories can't change in one step: a note on stable storage says which copy gives way."""
+        note = target.datadir.note_replaced(new)
+        image.datadir.rename(old, new)
+        image.datadir.sync()
+        self._unlink(target)
+        target.datadir.sync()
+        target.datadir.forget_replaced(note)
+
+    def _unlink(self, image: Image) -> None:
+        assert image.name is not None
+        image.datadir.unlink(image.name)
+        self._forget(image)
+
+    def _forget(self, image: Image) -> None:
+        image.name = None
+        if image.status().st_nlink == 0:
+            image.datadir.xattrs.forget(image.path_fd)
+
+    def _finish_replacements(self) -> None:
+        """Complete the replacements that a crash cut short: the old copy goes if another has its name."""
+        for datadir in self.datadirs:
+            for note in datadir.notes_of_replaced():
+                with contextlib.suppress(ImageNotFound):
+                    renamed = note.name and any(d.has_any(note.name) for d in self.datadirs if d is not datadir)
+                    if renamed and datadir.status(note.name).st_ino == note.ino:
+                        log.warning("the replacement of image %r was cut short; it is completed", note.name)
+                        datadir.unlink(note.name)
+                datadir.forget_replaced(note)
+
+
+def _create_file(datadir: Datadir, name: str, mode: int, owner: Owner) -> int:
+    """A new file with exactly this mode, and this owner where the process may give files away."""
+    fd = datadir.create(name, 0o600)
+    try:
+        if owner != NOBODY_IN_PARTICULAR:
+            try:
+                os.fchown(fd, owner.uid, owner.gid)
+            except PermissionError:
+                log.debug("image %r can't be given to %s; it stays with the daemon", name, owner)
+        os.fchmod(fd, mode)
+    except BaseException:
+        os.close(fd)
+        datadir.unlink(name)
+        raise
+    return fd

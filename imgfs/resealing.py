@@ -1,0 +1,75 @@
+"""`reseal: background`: stale images are sealed by themselves, one at a time, at idle I/O priority.
+
+One thread goes over the namespace when it starts and every now and then, and seals what is stale and has rested for
+a moment (somebody may be copying into the datadir at this minute). A round looks at each image's record once.
+"""
+
+import contextlib
+import ctypes
+import logging
+import platform
+import threading
+import time
+from collections.abc import Callable
+
+from imgfs.errors import ImageNotFound
+from imgfs.image import Image
+from imgfs.namespace import Namespace
+from imgfs.record import State
+
+log = logging.getLogger(__name__)
+
+PAUSE_SECONDS = 15.0
+REST_SECONDS = 2.0
+_SHARE_OF_TIME = 0.05
+_IOPRIO_WHO_PROCESS, _IOPRIO_CLASS_IDLE, _IOPRIO_CLASS_SHIFT = 1, 3, 13  # include/uapi/linux/ioprio.h
+_SYS_IOPRIO_SET = {"x86_64": 251, "aarch64": 30, "riscv64": 30, "ppc64le": 273, "s390x": 282}
+
+
+class Resealer:
+    """The background thread; `close` ends it."""
+
+    def __init__(self, namespace: Namespace, seal: Callable[[Image], None]) -> None:
+        self._namespace = namespace
+        self._seal = seal
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="imgfs-reseal", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread; a seal that is under way must have been given up by the sealer."""
+        self._closing.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        _idle_io_priority()
+        pause = 0.0
+        while not self._closing.wait(pause):
+            started = time.monotonic()
+            try:
+                self._round()
+            except OSError as error:
+                log.warning("looking for stale images failed, to be tried again: %s", error)
+            pause = max(PAUSE_SECONDS, (time.monotonic() - started) / _SHARE_OF_TIME)
+
+    def _round(self) -> None:
+        for name, _ in self._namespace.listing():
+            if self._closing.is_set():
+                return
+            with contextlib.suppress(ImageNotFound), self._namespace.image(name) as image:
+                if image.state() is State.STALE and image.seal_error is None and _has_rested(image):
+                    self._seal(image)
+
+
+def _has_rested(image: Image) -> bool:
+    return time.time() - image.status().st_mtime >= REST_SECONDS or image.status().st_mtime > time.time()
+
+
+def _idle_io_priority() -> None:
+    """ioprio_set(2) for this thread; where that is not to be had, sealing goes on at ordinary priority."""
+    number = _SYS_IOPRIO_SET.get(platform.machine())
+    if number is None:
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syscall(number, _IOPRIO_WHO_PROCESS, 0, _IOPRIO_CLASS_IDLE << _IOPRIO_CLASS_SHIFT) != 0:
+        log.debug("no idle I/O priority: errno %d", ctypes.get_errno())

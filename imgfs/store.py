@@ -1,0 +1,400 @@
+"""The image store, and the Python API: a namespace whose images are sealed, labelled and served. No FUSE in it.
+
+Threading: all public methods may be called from any thread.
+"""
+
+import contextlib
+import errno
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, Self
+
+from imgfs import location as locations
+from imgfs import metadata as labels
+from imgfs import names
+from imgfs.config import Config, Reseal
+from imgfs.datadir import FULL_ERRNOS, Datadir, give_tags
+from imgfs.errors import (
+    BadLocation,
+    ImageFailed,
+    ImgfsError,
+    InvalidValue,
+    NoAttribute,
+    NotPermitted,
+    SealingFailed,
+    SizeMismatch,
+    StorageFull,
+    VerificationFailed,
+    WriteDenied,
+)
+from imgfs.hashing import Digests, DigestStream, HashPool, Verifier
+from imgfs.image import Handle, Image
+from imgfs.namespace import NOBODY_IN_PARTICULAR, Namespace, Owner
+from imgfs.record import State
+from imgfs.resealing import Resealer
+from imgfs.sealing import Sealer, SealingRules
+
+log = logging.getLogger(__name__)
+
+NEW_IMAGE_MODE = 0o640
+
+
+class Readable(Protocol):
+    """Where `add()` takes its bytes from, as from a binary file."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """What `add()` gives back (Glance behaviour 12)."""
+
+    location: str
+    bytes_written: int
+    checksum: str
+    os_hash_value: str
+    metadata: labels.Metadata
+
+
+def _never() -> bool:
+    return False
+
+
+class ImageStore:
+    """A store of images over the datadirs of a configuration; as a context manager it closes itself."""
+
+    def __init__(self, config: Config) -> None:
+        """Open every datadir. Raises DatadirError where one can't be used."""
+        self.config = config
+        self.datadirs = _open_datadirs(config)
+        self._labels = {datadir.path: self._label(datadir) for datadir in self.datadirs}
+        self._pool = HashPool()
+        self._namespace = Namespace(self.datadirs, self._new_stream, config.thin_provisioning)
+        rules = SealingRules(config.hashing_algo, config.file_perm)
+        self._sealer = Sealer(self._pool, rules, self._namespace.let_go)
+        self._resealer = Resealer(self._namespace, self._reseal_here) if config.reseal is Reseal.BACKGROUND else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Finish the seals that need no reading, leave the others stale, and let go of the datadirs."""
+        self._sealer.close()
+        if self._resealer:
+            self._resealer.close()
+        self._pool.close()
+        for datadir in self.datadirs:
+            datadir.close()
+
+    def _new_stream(self) -> DigestStream:
+        return DigestStream(self._pool, self.config.hashing_algo)
+
+    # --- the namespace ---
+
+    def names(self) -> Iterator[str]:
+        """The name of every image, once."""
+        return (name for name, _ in self._namespace.listing())
+
+    def listing(self) -> Iterator[tuple[str, int]]:
+        """Every image, once: its name and its inode number."""
+        return self._namespace.listing()
+
+    def status(self, name: str) -> tuple[Datadir, os.stat_result]:
+        """The datadir of an image and its lstat(2) there. Raises ImageNotFound."""
+        return self._namespace.status(name)
+
+    def size(self, name: str) -> int:
+        """The size of an image in bytes. Raises ImageNotFound."""
+        return self.status(name)[1].st_size
+
+    def image(self, name: str) -> contextlib.AbstractContextManager[Image]:
+        """The image of a name, for the duration of a `with` block. Raises ImageNotFound."""
+        return self._namespace.image(name)
+
+    def delete(self, name: str) -> None:
+        """Remove an image; handles that are open keep it readable. Raises ImageNotFound, or the true errno."""
+        self._namespace.delete(name)
+
+    def rename(self, old: str, new: str) -> None:
+        """Rename an image, replacing one that has the new name; it stays in its datadir, with its record.
+
+        Raises ImageNotFound, and NotPermitted where an active image of a write-once store would go.
+        """
+        self._namespace.rename(old, new, self._require_changeable)
+
+    # --- handles ---
+
+    def create(self, name: str, mode: int = NEW_IMAGE_MODE, owner: Owner = NOBODY_IN_PARTICULAR) -> Handle:
+        """Create an image on the best datadir and open it for reading and writing.
+
+        Raises ImageExists where the name is taken in whichever datadir, StorageFull where no datadir has room.
+        """
+        return Handle(self._namespace.create(name, mode, owner), writable=True)
+
+    def open(self, name: str, flags: int = os.O_RDONLY) -> Handle:
+        """Open an image; of the flags, the access mode and O_TRUNC count (open(2)).
+
+        Raises ImageNotFound; ImageFailed for reading one that failed an expectation; for writing, NotPermitted
+        where it is active and the store write-once, WriteDenied where its datadir is read-only.
+        """
+        writable = flags & os.O_ACCMODE != os.O_RDONLY or bool(flags & os.O_TRUNC)
+        image = self._namespace.pin(name)
+        try:
+            self._prepare(image, writable)
+            if flags & os.O_TRUNC:
+                image.truncate(0)
+            return Handle(image, writable)
+        except BaseException:
+            self._namespace.let_go(image)
+            raise
+
+    def _prepare(self, image: Image, writable: bool) -> None:
+        if writable:
+            self._require_changeable(image)
+            image.open_for_write()
+        else:
+            image.open_for_read()
+        held = image.valid_record()
+        image.failed = held is not None and held.state is State.FAILED
+        if image.failed and not writable:
+            raise ImageFailed(f"image {image.name!r} failed an expectation; write it again or remove it")
+
+    def _require_changeable(self, image: Image) -> None:
+        image.datadir.require_writable()
+        if self.config.write_once and (image.sealing or image.state() is State.ACTIVE):
+            raise NotPermitted(f"image {image.name!r} is complete, and the store is write-once")
+
+    def close_handle(self, handle: Handle) -> None:
+        """Close an open image; the last writer to go has it sealed."""
+        if handle.close():
+            self._sealer.seal(handle.image)
+        else:
+            self._namespace.let_go(handle.image)
+
+    def truncate(self, handle: Handle, size: int) -> None:
+        """ftruncate(2); on an empty new image the size counts as a declared one, too (for its placement)."""
+        image = handle.image
+        if size and image.unsealed and image.status().st_size == 0:
+            self._namespace.declare_size(image, size, strict=False)
+        handle.truncate(size)
+
+    # --- sealing ---
+
+    def state(self, name: str) -> State:
+        """The state of an image; never waits. Raises ImageNotFound."""
+        with self.image(name) as image:
+            return image.state()
+
+    def expect_size(self, image: Image, size: int) -> None:
+        """Declare the final size in bytes of an image that is being written: reserved now, checked by its seal.
+
+        Raises NotPermitted once the image is sealed, StorageFull where no datadir can take it.
+        """
+        image.require_saving()
+        self._namespace.declare_size(image, size, strict=True)
+        image.expect(size=size)
+
+    def digests(self, name: str, interrupted: Callable[[], bool] = _never) -> Digests:
+        """The digests of an image; waits while it is written or sealed, has it sealed first where it is stale.
+
+        Raises ImageNotFound, Interrupted once `interrupted()` is true, and what made sealing fail.
+        """
+        with self.image(name) as image:
+            return self.digests_of(image, interrupted)
+
+    def digests_of(self, image: Image, interrupted: Callable[[], bool] = _never) -> Digests:
+        """The same for an image at hand."""
+        image.wait_while_sealing(interrupted)
+        held = image.valid_record()
+        if held is None:
+            if image.name is None:
+                raise NoAttribute("a removed image is not sealed any more")
+            self._reseal(image, self._sealer.seal)
+            image.wait_while_sealing(interrupted)
+            held = image.valid_record()
+        if held is None or held.digests is None:
+            raise image.seal_error or SealingFailed(f"image {image.name!r} could not be sealed")
+        return held.digests
+
+    def _reseal(self, image: Image, seal: Callable[[Image], None]) -> None:
+        if image.begin_sealing():
+            seal(self._namespace.hold(image))
+
+    def _reseal_here(self, image: Image) -> None:
+        self._reseal(image, self._sealer.seal_here)
+
+    # --- facts ---
+
+    def location(self, name: str) -> str:
+        """The `file://` location of an image. Raises ImageNotFound."""
+        with self.image(name) as image:
+            return location_of(image)
+
+    def resolve(self, location: str) -> str:
+        """The name of the image at a location (Glance behaviour 15).
+
+        Raises BadLocation where it lies in no datadir, ImageNotFound where there is no such image.
+        """
+        directory, _, name = locations.to_path(location).rpartition("/")
+        names.check(name)
+        for datadir in self.datadirs:
+            if directory in (datadir.path, os.path.realpath(datadir.path)):
+                datadir.status(name)
+                return name
+        raise BadLocation(f"{location!r} lies in no datadir of this store")
+
+    def metadata(self, name: str) -> labels.Metadata:
+        """A fresh copy of the metadata object of an image (Glance behaviour 13). Raises ImageNotFound."""
+        with self.image(name) as image:
+            return self.metadata_of(image)
+
+    def metadata_of(self, image: Image) -> labels.Metadata:
+        """The same for an image at hand."""
+        return dict(json.loads(self._labels[image.datadir.path]))
+
+    def _label(self, datadir: Datadir) -> str:
+        found = labels.match(list(self.config.metadata or ()), datadir.path)
+        if found is None and self.config.metadata is not None:
+            log.warning("no object of the metadata file has a mountpoint that holds datadir %s", datadir.path)
+        store = {"store": self.config.store_id} if self.config.store_id else {}
+        return json.dumps((found or {}) | store)
+
+    def reserved_bytes(self, datadir: Datadir) -> int:
+        """What is promised to images that are being written in a datadir, in bytes."""
+        return self._namespace.reserved_bytes(datadir)
+
+    # --- whole images ---
+
+    def add(
+        self,
+        name: str,
+        data: Readable | Iterable[bytes],
+        size: int | None = None,
+        verifier: Verifier | None = None,
+        mode: int = NEW_IMAGE_MODE,
+    ) -> Added:
+        """Add an image from a binary file or an iterable of bytes; it is sealed when this returns (Glance 7 to 12).
+
+        `size` is in bytes, 0 or None: unknown. Any failure removes what was written. Raises ImageExists,
+        StorageFull, WriteDenied, SizeMismatch, VerificationFailed, and whatever `data` or `verifier` raise.
+        """
+        with _told_as_storage_errors():
+            handle = self.create(name, mode)
+        image = self._namespace.hold(handle.image)
+        try:
+            with _told_as_storage_errors():
+                written = self._fill(handle, data, size, verifier)
+            digests = self.digests_of(image)
+            return Added(
+                location_of(image), written, digests.checksum, digests.os_hash_value, self.metadata_of(image)
+            )
+        except BaseException:
+            self._namespace.discard(image)
+            raise
+        finally:
+            self._namespace.let_go(image)
+
+    def _fill(
+        self, handle: Handle, data: Readable | Iterable[bytes], size: int | None, verifier: Verifier | None
+    ) -> int:
+        """Write all of the data and close the handle; gives the bytes written."""
+        try:
+            if size:
+                self._namespace.declare_size(handle.image, size, strict=True)
+            written = 0
+            for chunk in _chunks(data, self.config.chunk_size_bytes):
+                if size and written + len(chunk) > size:
+                    raise SizeMismatch(f"more than the declared {size} bytes came")
+                _write_all(handle, chunk, written)
+                written += len(chunk)
+                if verifier is not None:
+                    verifier.update(chunk)
+            if size and written != size:
+                raise SizeMismatch(f"{written} bytes came, {size} were declared")
+            if verifier is not None and verifier.verify() is False:
+                raise VerificationFailed("the verifier refused the bytes")
+            return written
+        except BaseException:
+            self._namespace.discard(handle.image)
+            raise
+        finally:
+            self.close_handle(handle)
+
+    def read(self, name: str, offset: int = 0, length: int | None = None) -> Iterator[bytes]:
+        """The bytes of an image, from an offset, as many as wanted, in chunks of `chunk_size` (Glance 14).
+
+        Raises at the call: ImageNotFound, ImageFailed, and InvalidValue for a negative offset or length.
+        """
+        if offset < 0 or (length is not None and length < 0):
+            raise InvalidValue("an offset and a length are 0 or more")
+        return self._read(self.open(name), offset, length)
+
+    def _read(self, handle: Handle, offset: int, length: int | None) -> Iterator[bytes]:
+        remaining = handle.status().st_size if length is None else length
+        try:
+            while remaining and (chunk := handle.read(min(remaining, self.config.chunk_size_bytes), offset)):
+                yield chunk
+                offset += len(chunk)
+                remaining -= len(chunk)
+        finally:
+            self.close_handle(handle)
+
+
+def location_of(image: Image) -> str:
+    """The `file://` location of an image at hand. Raises NoAttribute where it was removed."""
+    if image.name is None:
+        raise NoAttribute("a removed image has no location")
+    return locations.to_uri(f"{image.datadir.path}/{image.name}")
+
+
+def _open_datadirs(config: Config) -> list[Datadir]:
+    """All datadirs, highest priority first, or none of them."""
+    datadirs: list[Datadir] = []
+    try:
+        for datadir_config in sorted(config.datadirs, key=lambda d: -d.priority):
+            datadirs.append(Datadir(datadir_config, config.file_perm))
+    except BaseException:
+        for datadir in datadirs:
+            datadir.close()
+        raise
+    give_tags(datadirs)
+    return datadirs
+
+
+def _chunks(data: Readable | Iterable[bytes], size: int) -> Iterator[bytes]:
+    if hasattr(data, "read"):
+        yield from iter(lambda: data.read(size), b"")
+    else:
+        yield from data
+
+
+def _write_all(handle: Handle, chunk: bytes, offset: int) -> None:
+    """Write until nothing is left, so that an error cut short by bytes already written is shown, too."""
+    view = memoryview(chunk)
+    while view:
+        written = handle.write(view, offset)
+        view, offset = view[written:], offset + written
+
+
+@contextlib.contextmanager
+def _told_as_storage_errors() -> Iterator[None]:
+    """Glance behaviour 11: no room, and no permission, have exceptions of their own."""
+    try:
+        yield
+    except ImgfsError:
+        raise
+    except OSError as error:
+        if error.errno in FULL_ERRNOS:
+            raise StorageFull(f"the datadir is full: {error.strerror}") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise WriteDenied(f"the datadir can't be written: {error.strerror}") from error
+        raise
