@@ -1,0 +1,184 @@
+"""The command line: arguments in, exit codes out (0 good, 1 it failed, 2 command line or configuration wrong).
+
+The only module that prints, and that sets up logging: to stderr in the foreground, to syslog or a file otherwise.
+"""
+
+import argparse
+import logging
+import logging.handlers
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from imgfs import daemon, datadir, fusepy_transport, mount_options, mounts
+from imgfs.config import Config, ConfigError, load
+from imgfs.errors import ImgfsError, InvalidValue, MountError
+from imgfs.version import VERSION
+
+log = logging.getLogger(__name__)
+
+GOOD, FAILED, WRONG = 0, 1, 2
+SYSLOG = "/dev/log"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; gives the exit code."""
+    parsed = _parser().parse_args(arguments)
+    _log_to(logging.StreamHandler(), "imgfs: %(levelname)s: %(message)s", parsed.verbose)
+    try:
+        run: Callable[[argparse.Namespace], int] = parsed.run
+        return run(parsed)
+    except ConfigError as error:
+        for problem in error.problems:
+            _complain(str(problem))
+        return WRONG
+    except InvalidValue as error:
+        _complain(str(error))
+        return WRONG
+    except ImgfsError as error:
+        _complain(str(error))
+        return FAILED
+    except OSError as error:
+        _complain(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror))
+        return FAILED
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return FAILED
+
+
+def _complain(message: str) -> None:
+    print(f"imgfs: {message}".encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
+
+
+def _log_to(handler: logging.Handler, form: str, verbose: bool) -> None:
+    handler.setFormatter(logging.Formatter(form))
+    root = logging.getLogger()
+    for old in root.handlers[:]:
+        root.removeHandler(old)
+    root.addHandler(handler)
+    root.setLevel(logging.INFO if verbose else logging.WARNING)
+
+
+# --- mount ---
+
+
+def _mount(parsed: argparse.Namespace) -> int:
+    config = load(parsed.config, datadir.unusable)
+    options = mount_options.parse(parsed.options)
+    other = options.pop("allow_other", None) or parsed.allow_other
+    request = daemon.MountRequest(
+        config=config,
+        mountpoint=parsed.mountpoint,
+        allow_other=os.geteuid() == 0 if other is None else bool(other),
+        options=options,
+    )
+    _require_transport(parsed.transport)
+    if parsed.foreground:
+        return _serve(request, lambda: log.info("mounted"))
+    log_file = Path(parsed.log_file).absolute() if parsed.log_file else None
+    return daemon.in_background(
+        lambda ready: _serve(request, ready), request.mountpoint, lambda: _log_in_background(log_file, parsed.verbose)
+    )
+
+
+def _serve(request: daemon.MountRequest, ready: Callable[[], None]) -> int:
+    """The part of a mount that lasts; errors become one line here, as the process may be a child."""
+    try:
+        daemon.serve(request, ready)
+    except ImgfsError as error:
+        _complain(str(error))
+        log.debug("the mount ended", exc_info=True)
+        return FAILED
+    return GOOD
+
+
+def _require_transport(wanted: str) -> None:
+    if wanted == "kernel":
+        raise MountError("this version has no kernel transport yet; use --transport fusepy")
+    if not Path("/dev/fuse").exists():
+        raise MountError("/dev/fuse is missing; load the kernel module: modprobe fuse")
+    fusepy_transport.require()
+
+
+def _log_in_background(log_file: Path | None, verbose: bool) -> None:
+    if log_file is not None:
+        handler: logging.Handler = logging.handlers.WatchedFileHandler(log_file, encoding="utf-8")
+        _log_to(handler, "%(asctime)s imgfs[%(process)d]: %(levelname)s: %(message)s", verbose)
+    elif Path(SYSLOG).exists():
+        handler = logging.handlers.SysLogHandler(SYSLOG, logging.handlers.SysLogHandler.LOG_DAEMON)
+        _log_to(handler, "imgfs[%(process)d]: %(levelname)s: %(message)s", verbose)
+    else:
+        log.warning("there is no syslog here: the daemon's log is lost; give --log-file to keep it")
+        _log_to(logging.NullHandler(), "%(message)s", verbose)
+
+
+# --- the other commands ---
+
+
+def _umount(parsed: argparse.Namespace) -> int:
+    mounts.unmount(parsed.mountpoint, parsed.lazy)
+    return GOOD
+
+
+def _check(parsed: argparse.Namespace) -> int:
+    config = load(parsed.config, datadir.unusable)
+    print(f"{parsed.config}: good")
+    for line in _summary(config):
+        print(f"  {line}")
+    return GOOD
+
+
+def _summary(config: Config) -> list[str]:
+    datadirs = [
+        f"datadir {d.path}: priority {d.priority}, mode {d.mode}"
+        for d in sorted(config.datadirs, key=lambda d: -d.priority)
+    ]
+    perm = f"{config.file_perm:04o}" if config.file_perm else "as created"
+    return [*datadirs, f"permissions {perm}, digests md5 and {config.hashing_algo}"]
+
+
+# --- arguments ---
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="imgfs",
+        description="One directory of virtual-machine images over many disks.",
+        epilog="Exit codes: 0 good, 1 it failed, 2 the command line or the configuration is wrong.",
+    )
+    parser.add_argument("--version", action="version", version=f"imgfs {VERSION}")
+    parser.add_argument("-v", "--verbose", action="store_true", help="log what is going on, not only warnings")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_mount(commands.add_parser("mount", help="mount a store", description="Mount a store at a directory."))
+    _add_umount(commands.add_parser("umount", help="unmount a store", description="Unmount a store, and wait "
+                                    "until its daemon has finished."))  # fmt: skip
+    check = commands.add_parser("check", help="check a configuration", description="Say everything that is wrong "
+                                "with a configuration, at once; nothing is changed.")  # fmt: skip
+    check.add_argument("config", metavar="CONFIG", help="the configuration file (YAML)")
+    check.set_defaults(run=_check)
+    return parser
+
+
+def _add_mount(mount: argparse.ArgumentParser) -> None:
+    mount.add_argument("config", metavar="CONFIG", help="the configuration file (YAML)")
+    mount.add_argument("mountpoint", metavar="MOUNTPOINT", help="an empty directory")
+    mount.add_argument("-o", dest="options", metavar="OPTIONS", action="append", default=[],
+                       help="mount options, comma-separated, as in fstab(5): ro, noatime, nosuid, ...")  # fmt: skip
+    mount.add_argument("--foreground", action="store_true", help="stay in the foreground and log to stderr")
+    mount.add_argument("--transport", choices=("auto", "kernel", "fusepy"), default="auto",
+                       help="what carries the kernel's requests (default: auto)")  # fmt: skip
+    mount.add_argument("--allow-other", action=argparse.BooleanOptionalAction, default=None,
+                       help="other users may use the mount (default: for root)")  # fmt: skip
+    mount.add_argument("--log-file", metavar="FILE", help="where the daemon logs in the background (default: syslog)")
+    mount.set_defaults(run=_mount)
+
+
+def _add_umount(umount: argparse.ArgumentParser) -> None:
+    umount.add_argument("mountpoint", metavar="MOUNTPOINT", help="where the store is mounted")
+    umount.add_argument("-l", "--lazy", action="store_true", help="detach it now, even if it is in use; do not wait")
+    umount.set_defaults(run=_umount)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""Running a mount: open the store, choose the transport, tell when the mount answers, end cleanly.
+
+In the background, a child process serves while the parent waits for it to say that the mount answers; until then
+the child shares the parent's stderr, so errors reach whoever typed the command.
+"""
+
+import contextlib
+import logging
+import os
+import resource
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from imgfs import fusepy_transport, mounts
+from imgfs.config import Config
+from imgfs.errors import MountError
+from imgfs.fuse_ops import ImageOperations
+from imgfs.store import ImageStore
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class MountRequest:
+    """What is to be mounted where: a checked configuration, a mountpoint, and how."""
+
+    config: Config
+    mountpoint: str
+    allow_other: bool
+    options: dict[str, str | bool] = field(default_factory=dict)
+
+
+def serve(request: MountRequest, ready: Callable[[], None]) -> None:
+    """Mount and serve until unmounted or told to end by SIGTERM or SIGINT; `ready` is called when mounted.
+
+    When this returns the store is closed: seals are finished, or their images visibly stale.
+    """
+    mountpoint = mounts.prepare(request.mountpoint, (datadir.path for datadir in request.config.datadirs))
+    _raise_descriptor_limit()
+    logging.logThreads = False  # naming a foreign thread would keep an object for each for ever
+    os.umask(0)
+    interrupted = fusepy_transport.interrupted()
+    with ImageStore(request.config) as store:
+        operations = ImageOperations(store, interrupted=interrupted, ready=ready)
+        log.info("serving %d datadirs at %s, transport fusepy", len(store.datadirs), mountpoint)
+        fusepy_transport.serve(operations, mountpoint, request.allow_other, request.options)
+        log.info("%s is unmounted; finishing", mountpoint)
+
+
+def _raise_descriptor_limit() -> None:
+    """Each image in use takes two or three descriptors."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def in_background(
+    run: Callable[[Callable[[], None]], int], mountpoint: str, set_up_logging: Callable[[], None]
+) -> int:
+    """Call `run(ready)` in a child process of its own session; return when it is ready (0) or has ended.
+
+    After `ready` the child's standard streams lead nowhere, and its logging is what `set_up_logging` makes it.
+    """
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(read_end)
+        os.setsid()
+        os._exit(_child(run, write_end, set_up_logging))
+    os.close(write_end)
+    with open(read_end, "rb") as pipe:
+        answered = pipe.read(1) == b"+"
+    if not answered:
+        _, status = os.waitpid(child, 0)
+        return os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 1
+    try:
+        os.statvfs(mountpoint)  # waits until the kernel and the daemon have shaken hands
+    except OSError as error:
+        raise MountError(f"the mount at {mountpoint} does not answer: {error.strerror}") from None
+    return 0
+
+
+def _child(run: Callable[[Callable[[], None]], int], write_end: int, set_up_logging: Callable[[], None]) -> int:
+    def ready() -> None:
+        set_up_logging()
+        _close_standard_streams()
+        os.write(write_end, b"+")
+        os.close(write_end)
+
+    try:
+        return run(ready)
+    finally:
+        logging.shutdown()
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.flush()
+
+
+def _close_standard_streams() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(nowhere, stream)
+    os.close(nowhere)
+    os.chdir("/")
+

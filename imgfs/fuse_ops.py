@@ -1,0 +1,387 @@
+"""ImageOperations: one call per FUSE request, paths, handle numbers and flags in, values or OSError out.
+
+The methods have the names and arguments of fusepy's `Operations`, so the class runs under stock fusepy as well as
+under imgfs's own transports. A path is "/" or "/NAME"; None, with a handle, means an image whose name is gone. It
+translates and delegates: what images are and do is the store's business, how requests arrive the transport's.
+
+libfuse 2 renames an image that is removed while open to `.fuse_hidden*`, and removes that when it is closed. Such
+a name never reaches a datadir: the image is removed at once, and the name kept as an alias of the open inode.
+
+Threading: every method may be called from any thread; `_lock` guards the handle and alias tables.
+"""
+
+import contextlib
+import errno
+import itertools
+import logging
+import os
+import re
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from imgfs.attributes import ImageAttributes, RootAttributes
+from imgfs.datadir import Datadir
+from imgfs.errors import NotPermitted
+from imgfs.image import Handle, Image
+from imgfs.namespace import Owner
+from imgfs.store import ImageStore
+from imgfs.times import UTIME_NOW, set_times
+from imgfs.xattrs import proc_path
+
+log = logging.getLogger(__name__)
+
+ROOT = "/"
+ROOT_INO = 1
+BLOCK_BYTES = 128 << 10
+"""What stat(2) shows as the best size of a read or write: a whole request."""
+STATFS_BLOCK_BYTES = 4096
+_HIDDEN = re.compile(r"/\.fuse_hidden[0-9a-f]{16}")
+
+Caller = Callable[[], tuple[int, int, int]]
+
+
+def _fusepy_caller() -> tuple[int, int, int]:
+    """Uid, gid and pid of whoever made the request, under fusepy."""
+    import fuse  # noqa: PLC0415 - it needs libfuse, which a program without a mount need not have
+
+    uid, gid, pid = fuse.fuse_get_context()
+    return uid, gid, pid
+
+
+def _never() -> bool:
+    return False
+
+
+def _fusepy() -> str:
+    return "fusepy"
+
+
+class ImageOperations:
+    """The operations of a mount over a store."""
+
+    use_ns = True  # fusepy: times are whole nanoseconds
+    flag_utime_omit_ok = 1  # libfuse 2: pass UTIME_NOW and UTIME_OMIT on
+    flag_nullpath_ok = 1  # libfuse 2: handles need no path, so none is computed
+    flag_nopath = 1
+
+    def __init__(
+        self,
+        store: ImageStore,
+        caller: Caller = _fusepy_caller,
+        interrupted: Callable[[], bool] = _never,
+        transport: Callable[[], str] = _fusepy,
+        ready: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`caller` tells who made the request at hand, `interrupted` whether they still want an answer."""
+        self._store = store
+        self._caller = caller
+        self._ready = ready
+        self._attributes = ImageAttributes(store, interrupted)
+        self._root_attributes = RootAttributes(store, transport)
+        self._lock = threading.Lock()
+        self._numbers = itertools.count(1)
+        self._handles: dict[int, Handle] = {}
+        self._aliases: dict[str, int] = {}  # hidden path -> a handle number of the removed image
+
+    def __call__(self, operation: str, *arguments: Any) -> Any:
+        """Do one operation. Raises OSError only: anything else is logged and becomes EIO."""
+        try:
+            return getattr(self, operation)(*arguments)
+        except OSError as error:
+            if error.errno is None or error.errno <= 0:
+                log.exception("%s failed without an errno", operation)
+                raise OSError(errno.EIO, os.strerror(errno.EIO)) from error
+            raise
+        except Exception as error:
+            log.exception("%s failed unexpectedly", operation)
+            raise OSError(errno.EIO, os.strerror(errno.EIO)) from error
+
+    def init(self, _path: str) -> None:
+        """The mount is about to answer."""
+        self._ready()
+
+    # --- which image ---
+
+    @contextlib.contextmanager
+    def _image(self, path: str | None, fh: int | None = None) -> Iterator[Image]:
+        """The image of a path, of a hidden path, or of a handle where there is no path."""
+        number = fh if path is None else self._aliases.get(path)
+        if number is not None:
+            yield self._handle(number).image
+        elif path is None or path == ROOT:
+            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+        else:
+            with self._store.image(_name(path)) as image:
+                yield image
+
+    def _handle(self, fh: int) -> Handle:
+        try:
+            return self._handles[fh]
+        except KeyError:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF)) from None
+
+    def _number(self, handle: Handle) -> int:
+        with self._lock:
+            number = next(self._numbers)
+            self._handles[number] = handle
+        return number
+
+    # --- attributes of files ---
+
+    def getattr(self, path: str | None, fh: int | None = None) -> dict[str, int]:
+        """stat(2) in fusepy's form, times in ns."""
+        if path == ROOT:
+            return self._root_status()
+        if path is not None and fh is None and path not in self._aliases:
+            return _described(*self._store.status(_name(path)))
+        with self._image(path, fh) as image:
+            return _described(image.datadir, image.status())
+
+    def _root_status(self) -> dict[str, int]:
+        """The root shows the first datadir's owner and mode, and the latest times of all."""
+        statuses = [datadir.directory_status() for datadir in self._store.datadirs]
+        first = statuses[0]
+        return {
+            "st_ino": ROOT_INO,
+            "st_mode": first.st_mode,
+            "st_nlink": 2,
+            "st_uid": first.st_uid,
+            "st_gid": first.st_gid,
+            "st_size": sum(status.st_size for status in statuses),
+            "st_blocks": sum(status.st_blocks for status in statuses),
+            "st_blksize": STATFS_BLOCK_BYTES,
+            "st_atime": max(status.st_atime_ns for status in statuses),
+            "st_mtime": max(status.st_mtime_ns for status in statuses),
+            "st_ctime": max(status.st_ctime_ns for status in statuses),
+        }
+
+    def access(self, path: str, amode: int) -> int:
+        """access(2), as far as the datadir has a say; permissions are the kernel's (default_permissions)."""
+        if path != ROOT:
+            datadir, _ = self._store.status(_name(path))
+            if amode & os.W_OK:
+                datadir.require_writable()
+        return 0
+
+    def chmod(self, path: str | None, mode: int, fh: int | None = None) -> int:
+        """chmod(2); without effect on images where `file_perm` says which mode they have."""
+        if path == ROOT:
+            for datadir in self._store.datadirs:
+                os.fchmod(datadir.fd, stat.S_IMODE(mode))
+            return 0
+        with self._image(path, fh) as image:
+            image.datadir.require_writable()
+            if not self._store.config.file_perm:
+                image.set_mode(stat.S_IMODE(mode))
+        return 0
+
+    def chown(self, path: str | None, uid: int, gid: int, fh: int | None = None) -> int:
+        """chown(2); -1 leaves one as it is."""
+        if path == ROOT:
+            for datadir in self._store.datadirs:
+                os.fchown(datadir.fd, uid, gid)
+            return 0
+        with self._image(path, fh) as image:
+            image.datadir.require_writable()
+            image.set_owner(uid, gid)
+        return 0
+
+    def utimens(self, path: str | None, times: tuple[int, int] | None = None, fh: int | None = None) -> int:
+        """utimensat(2): (atime, mtime) in ns, UTIME_NOW and UTIME_OMIT included; None: now."""
+        wanted = (UTIME_NOW, UTIME_NOW) if times is None else times
+        if path == ROOT:
+            for datadir in self._store.datadirs:
+                set_times(proc_path(datadir.fd), wanted)
+            return 0
+        with self._image(path, fh) as image:
+            image.datadir.require_writable()
+            image.set_times(wanted)
+        return 0
+
+    # --- the directory ---
+
+    def readdir(self, _path: str | None, _fh: int) -> Iterator[str | tuple[str, dict[str, int], int]]:
+        """Names with inode number and type; the offset 0 lets libfuse keep the whole listing."""
+        yield from (".", "..")
+        for name, ino in self._store.listing():
+            yield name, {"st_ino": ino, "st_mode": stat.S_IFREG}, 0
+
+    def statfs(self, _path: str) -> dict[str, int]:
+        """statvfs(3): the sum of the filesystems below, each counted once."""
+        below = {datadir.directory_status().st_dev: datadir.filesystem() for datadir in self._store.datadirs}
+        totals = {
+            key: sum(getattr(numbers, key) * numbers.f_frsize // STATFS_BLOCK_BYTES for numbers in below.values())
+            for key in ("f_blocks", "f_bfree", "f_bavail")
+        }
+        files = {
+            key: sum(getattr(numbers, key) for numbers in below.values())
+            for key in ("f_files", "f_ffree", "f_favail")
+        }
+        return {"f_bsize": STATFS_BLOCK_BYTES, "f_frsize": STATFS_BLOCK_BYTES, "f_namemax": 255} | totals | files
+
+    def unlink(self, path: str) -> int:
+        """unlink(2)."""
+        with self._lock:
+            if self._aliases.pop(path, None) is not None:
+                return 0  # libfuse 2 forgets an image that is gone already
+        self._store.delete(_name(path))
+        return 0
+
+    def rename(self, old: str, new: str) -> int:
+        """rename(2), over an existing image, too."""
+        if _HIDDEN.fullmatch(new):
+            self._hide(old, new)
+        else:
+            self._store.rename(_name(old), _name(new))
+        return 0
+
+    def _hide(self, old: str, new: str) -> None:
+        """What libfuse 2 does instead of removing an image that is open: remove it, and keep an alias."""
+        with self._store.image(_name(old)) as image:
+            with self._lock:
+                number = next((n for n, handle in self._handles.items() if handle.image is image), None)
+            if number is None:
+                raise NotPermitted(f"{new!r} is a name that libfuse keeps for itself")
+            self._store.delete(_name(old))
+            with self._lock:
+                self._aliases[new] = number
+
+    def mkdir(self, path: str, _mode: int) -> int:
+        """Refused: the namespace is flat."""
+        raise NotPermitted(f"{path}: no directories here, the namespace is flat")
+
+    def rmdir(self, path: str) -> int:
+        """Refused: there are no directories."""
+        raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+
+    def mknod(self, path: str, _mode: int, _device: int) -> int:
+        """Refused: only regular files are images."""
+        raise NotPermitted(f"{path}: no special files here")
+
+    def symlink(self, target: str, _source: str) -> int:
+        """Refused."""
+        raise NotPermitted(f"{target}: no links here")
+
+    def link(self, target: str, _source: str) -> int:
+        """Refused."""
+        raise NotPermitted(f"{target}: no links here")
+
+    # --- open images ---
+
+    def create(self, path: str, mode: int, _fi: Any = None) -> int:
+        """open(2) with O_CREAT of a new name; it belongs to the caller."""
+        uid, gid, _ = self._caller()
+        return self._number(self._store.create(_name(path), stat.S_IMODE(mode), Owner(uid, gid)))
+
+    def open(self, path: str, flags: int) -> int:
+        """open(2) of an image that exists."""
+        return self._number(self._store.open(_name(path), flags))
+
+    def read(self, _path: str | None, size: int, offset: int, fh: int) -> bytes:
+        """pread(2)."""
+        return self._handle(fh).read(size, offset)
+
+    def write(self, _path: str | None, data: bytes | memoryview, offset: int, fh: int) -> int:
+        """pwrite(2); `data` must not change afterwards, it may be hashed later."""
+        return self._handle(fh).write(data, offset)
+
+    def truncate(self, path: str | None, length: int, fh: int | None = None) -> int:
+        """truncate(2), or ftruncate(2) where there is a handle."""
+        if fh is not None:
+            self._store.truncate(self._handle(fh), length)
+            return 0
+        number = self._number(self._store.open(_name(str(path)), os.O_WRONLY))
+        try:
+            return self.truncate(None, length, number)
+        finally:
+            self.release(None, number)
+
+    def flush(self, _path: str | None, fh: int) -> int:
+        """A descriptor of the handle was closed."""
+        self._handle(fh).flush()
+        return 0
+
+    def fsync(self, _path: str | None, datasync: int, fh: int) -> int:
+        """fsync(2), fdatasync(2)."""
+        self._handle(fh).sync(bool(datasync))
+        return 0
+
+    def release(self, _path: str | None, fh: int) -> int:
+        """The last descriptor of the handle was closed."""
+        with self._lock:
+            handle = self._handles.pop(fh, None)
+            self._move_alias(fh, handle)
+        if handle is not None:
+            self._store.close_handle(handle)
+        return 0
+
+    def _move_alias(self, fh: int, handle: Handle | None) -> None:
+        """An alias goes over to another handle of the same image, or ends with the last."""
+        for path, number in list(self._aliases.items()):
+            if number == fh and handle is not None:
+                others = (n for n, other in self._handles.items() if other.image is handle.image)
+                other = next(others, None)
+                if other is None:
+                    del self._aliases[path]
+                else:
+                    self._aliases[path] = other
+
+    # --- extended attributes ---
+
+    def getxattr(self, path: str | None, name: str, _position: int = 0, fh: int | None = None) -> bytes:
+        """getxattr(2); ENODATA where there is none."""
+        if not name.startswith("user."):
+            raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
+        if path == ROOT:
+            return self._root_attributes.get(name)
+        with self._image(path, fh) as image:
+            return self._attributes.get(image, name)
+
+    def listxattr(self, path: str | None, fh: int | None = None) -> list[str]:
+        """listxattr(2)."""
+        if path == ROOT:
+            return self._root_attributes.names()
+        with self._image(path, fh) as image:
+            return self._attributes.names(image)
+
+    def setxattr(
+        self, path: str | None, name: str, value: bytes, options: int, _position: int = 0, fh: int | None = None
+    ) -> int:
+        """setxattr(2)."""
+        if path == ROOT:
+            self._root_attributes.set(name, value, options)
+            return 0
+        with self._image(path, fh) as image:
+            self._attributes.set(image, name, value, options)
+        return 0
+
+    def removexattr(self, path: str | None, name: str, fh: int | None = None) -> int:
+        """removexattr(2)."""
+        if path == ROOT:
+            self._root_attributes.remove(name)
+            return 0
+        with self._image(path, fh) as image:
+            self._attributes.remove(image, name)
+        return 0
+
+
+def _name(path: str) -> str:
+    return path.removeprefix("/")
+
+
+def _described(datadir: Datadir, status: os.stat_result) -> dict[str, int]:
+    return {
+        "st_ino": datadir.inode_number(status.st_ino),
+        "st_mode": status.st_mode,
+        "st_nlink": status.st_nlink,
+        "st_uid": status.st_uid,
+        "st_gid": status.st_gid,
+        "st_size": status.st_size,
+        "st_blocks": status.st_blocks,
+        "st_blksize": BLOCK_BYTES,
+        "st_atime": status.st_atime_ns,
+        "st_mtime": status.st_mtime_ns,
+        "st_ctime": status.st_ctime_ns,
+    }

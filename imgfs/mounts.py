@@ -1,0 +1,162 @@
+"""The mount table: which imgfs mounts there are, whether a mountpoint can be used, and taking a mount away.
+
+Facts come from /proc/self/mountinfo (proc_pid_mountinfo(5)). An imgfs is known by its type, `fuse.imgfs`.
+"""
+
+import contextlib
+import ctypes
+import errno
+import logging
+import os
+import re
+import select
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from imgfs.config import is_inside
+from imgfs.errors import MountError
+
+log = logging.getLogger(__name__)
+
+FSTYPE = "fuse.imgfs"
+_MNT_DETACH = 2  # umount2(2)
+_ESCAPE = re.compile(r"\\([0-7]{3})")
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """One line of the mount table."""
+
+    mountpoint: str
+    fstype: str
+    source: str
+
+
+def table() -> list[Mount]:
+    """All mounts, in the order they were made."""
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+        return [parse(line) for line in lines]
+
+
+def parse(line: str) -> Mount:
+    """One line of mountinfo: the optional fields end at a lone hyphen."""
+    before, _, after = line.rstrip("\n").partition(" - ")
+    fstype, source = after.split(" ")[:2]
+    return Mount(_unescaped(before.split(" ")[4]), fstype, _unescaped(source))
+
+
+def _unescaped(field: str) -> str:
+    return _ESCAPE.sub(lambda match: chr(int(match[1], 8)), field)
+
+
+def mounted_at(mountpoint: str) -> Mount | None:
+    """What is mounted on top at an absolute path."""
+    found = [mount for mount in table() if mount.mountpoint == mountpoint]
+    return found[-1] if found else None
+
+
+def absolute(mountpoint: str) -> str:
+    """The absolute path of a mountpoint as the mount table has it; a dead mount's own path is not looked into."""
+    parent, name = os.path.split(os.path.abspath(mountpoint))
+    return os.path.join(os.path.realpath(parent), name) if name else parent
+
+
+def prepare(mountpoint: str, datadirs: Iterable[str]) -> str:
+    """Make a directory ready to be mounted on and give its absolute path; a dead imgfs there is taken away.
+
+    Raises MountError where it is missing, not empty, mounted on already, or mixed up with a datadir.
+    """
+    path = absolute(mountpoint)
+    _clear_dead(path)
+    path = os.path.realpath(path)
+    mount = mounted_at(path)
+    if mount is not None and mount.fstype == FSTYPE:
+        raise MountError(f"an imgfs is mounted at {path} already; unmount it first: imgfs umount {path}")
+    for datadir in map(os.path.realpath, datadirs):
+        if is_inside(datadir, path) or is_inside(path, datadir):
+            raise MountError(f"mountpoint {path} and datadir {datadir} lie one inside the other; move one of them")
+    _require_empty_directory(path)
+    return path
+
+
+def _clear_dead(path: str) -> None:
+    """A mount whose daemon died answers ENOTCONN."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        if error.errno != errno.ENOTCONN:
+            return
+        mount = mounted_at(path)
+        if mount is None or mount.fstype != FSTYPE:
+            raise MountError(f"{path} is a dead mount of something else; unmount it first") from None
+        log.warning("%s is the mountpoint of an imgfs that died; it is unmounted", path)
+        detach(path)
+
+
+def _require_empty_directory(path: str) -> None:
+    try:
+        entries = os.listdir(path)
+    except FileNotFoundError:
+        raise MountError(f"mountpoint {path} does not exist; create it first", errno.ENOENT) from None
+    except NotADirectoryError:
+        raise MountError(f"mountpoint {path} is not a directory", errno.ENOTDIR) from None
+    except OSError as error:
+        raise MountError(f"mountpoint {path} can't be read: {error.strerror}", error.errno) from None
+    if entries:
+        raise MountError(f"mountpoint {path} is not empty; choose an empty directory")
+
+
+def detach(path: str) -> None:
+    """Unmount lazily: the name goes at once, the mount with its last user."""
+    _unmount(path, lazy=True)
+
+
+def unmount(path: str, lazy: bool = False) -> None:
+    """Unmount an imgfs, and wait until its daemon has ended, with its seals. Raises MountError."""
+    path = absolute(path)
+    mount = mounted_at(path)
+    if mount is None or mount.fstype != FSTYPE:
+        raise MountError(f"no imgfs is mounted at {path}")
+    with contextlib.ExitStack() as stack:
+        daemon = _daemon_of(path)
+        if daemon is not None:
+            stack.callback(os.close, daemon)
+        _unmount(path, lazy)
+        if daemon is not None and not lazy:
+            select.select([daemon], [], [])
+
+
+def _daemon_of(path: str) -> int | None:
+    """A pidfd of the process that serves a mount; None where it does not say, or is gone."""
+    try:
+        return os.pidfd_open(int(os.getxattr(path, "user.imgfs.pid")))
+    except (OSError, ValueError):
+        return None
+
+
+def _unmount(path: str, lazy: bool) -> None:
+    if os.geteuid() == 0:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.umount2(os.fsencode(path), _MNT_DETACH if lazy else 0) != 0:
+            raise _refused(path, os.strerror(ctypes.get_errno()))
+        return
+    for program in ("fusermount3", "fusermount"):
+        with contextlib.suppress(FileNotFoundError):
+            options = ["-u", "-z"] if lazy else ["-u"]
+            done = subprocess.run([program, *options, "--", path], capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                raise _refused(path, done.stderr.strip().splitlines()[-1] if done.stderr else "refused")
+            return
+    raise _refused(path, "neither root nor a fusermount program to ask")
+
+
+def _refused(path: str, reason: str) -> MountError:
+    return MountError(f"{path} can't be unmounted: {reason}; close what uses it, or detach it with --lazy")
+
+
+def is_imgfs(path: str | Path) -> bool:
+    """Whether an imgfs is mounted at a path."""
+    mount = mounted_at(absolute(str(path)))
+    return mount is not None and mount.fstype == FSTYPE
