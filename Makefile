@@ -1,0 +1,23 @@
+# Commands for people who work on imgfs; each sets up what it needs.
+PYTHON_BIN = .venv/bin
+
+.PHONY: test check format setup clean
+
+test: setup
+	$(PYTHON_BIN)/python -m pytest $(ARGS)
+
+check: setup
+	$(PYTHON_BIN)/ruff check .
+	$(PYTHON_BIN)/ruff format --check .
+	$(PYTHON_BIN)/mypy
+	$(PYTHON_BIN)/lint-imports
+
+format: setup
+	$(PYTHON_BIN)/ruff check --fix .
+	$(PYTHON_BIN)/ruff format .
+
+setup:
+	tools/setup.sh test
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
