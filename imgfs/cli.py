@@ -98,6 +98,8 @@ def _require_transport(wanted: str) -> None:
         raise MountError("this version has no kernel transport yet; use --transport fusepy")
     if not Path("/dev/fuse").exists():
         raise MountError("/dev/fuse is missing; load the kernel module: modprobe fuse")
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        raise MountError(f"/dev/fuse can't be opened by uid {os.geteuid()}; give access: chmod 666 /dev/fuse")
     fusepy_transport.require()
 
 

@@ -10,10 +10,10 @@ import os
 import resource
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from imgfs import fusepy_transport, mounts
-from imgfs.config import Config
+from imgfs.config import Config, Mode
 from imgfs.errors import MountError
 from imgfs.fuse_ops import ImageOperations
 from imgfs.store import ImageStore
@@ -30,6 +30,14 @@ class MountRequest:
     allow_other: bool
     options: dict[str, str | bool] = field(default_factory=dict)
 
+    @property
+    def store_config(self) -> Config:
+        """The configuration to serve: a mount that is read-only (-o ro) does not change the datadirs either."""
+        if not self.options.get("ro"):
+            return self.config
+        datadirs = tuple(replace(datadir, mode=Mode.READ_ONLY) for datadir in self.config.datadirs)
+        return replace(self.config, datadirs=datadirs)
+
 
 def serve(request: MountRequest, ready: Callable[[], None]) -> None:
     """Mount and serve until unmounted or told to end by SIGTERM or SIGINT; `ready` is called when mounted.
@@ -41,7 +49,7 @@ def serve(request: MountRequest, ready: Callable[[], None]) -> None:
     logging.logThreads = False  # naming a foreign thread would keep an object for each for ever
     os.umask(0)
     interrupted = fusepy_transport.interrupted()
-    with ImageStore(request.config) as store:
+    with ImageStore(request.store_config) as store:
         operations = ImageOperations(store, interrupted=interrupted, ready=ready)
         log.info("serving %d datadirs at %s, transport fusepy", len(store.datadirs), mountpoint)
         fusepy_transport.serve(operations, mountpoint, request.allow_other, request.options)
@@ -104,4 +112,3 @@ def _close_standard_streams() -> None:
         os.dup2(nowhere, stream)
     os.close(nowhere)
     os.chdir("/")
-

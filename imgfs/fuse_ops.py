@@ -168,7 +168,7 @@ class ImageOperations:
     def chmod(self, path: str | None, mode: int, fh: int | None = None) -> int:
         """chmod(2); without effect on images where `file_perm` says which mode they have."""
         if path == ROOT:
-            for datadir in self._store.datadirs:
+            for datadir in self._changeable_datadirs():
                 os.fchmod(datadir.fd, stat.S_IMODE(mode))
             return 0
         with self._image(path, fh) as image:
@@ -180,7 +180,7 @@ class ImageOperations:
     def chown(self, path: str | None, uid: int, gid: int, fh: int | None = None) -> int:
         """chown(2); -1 leaves one as it is."""
         if path == ROOT:
-            for datadir in self._store.datadirs:
+            for datadir in self._changeable_datadirs():
                 os.fchown(datadir.fd, uid, gid)
             return 0
         with self._image(path, fh) as image:
@@ -192,13 +192,17 @@ class ImageOperations:
         """utimensat(2): (atime, mtime) in ns, UTIME_NOW and UTIME_OMIT included; None: now."""
         wanted = (UTIME_NOW, UTIME_NOW) if times is None else times
         if path == ROOT:
-            for datadir in self._store.datadirs:
+            for datadir in self._changeable_datadirs():
                 set_times(proc_path(datadir.fd), wanted)
             return 0
         with self._image(path, fh) as image:
             image.datadir.require_writable()
             image.set_times(wanted)
         return 0
+
+    def _changeable_datadirs(self) -> list[Datadir]:
+        """What a change of the root's own attributes goes to."""
+        return [datadir for datadir in self._store.datadirs if datadir.writable]
 
     # --- the directory ---
 
