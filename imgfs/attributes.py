@@ -66,7 +66,7 @@ class ImageAttributes:
             for name in image.datadir.xattrs.list(image.path_fd)
             if name.startswith(USER) and not name.startswith(PREFIX)
         ]
-        shown = [*self._computed, *(() if image.unflushed else self._digests)]
+        shown = [*self._computed, *(self._digests if image.wait_for_release() else ())]
         return [PREFIX + key for key in shown] + stored
 
     def set(self, image: Image, name: str, value: bytes, flags: int) -> None:

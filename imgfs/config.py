@@ -7,6 +7,7 @@ contradict each other, the metadata file) is checked here. Each problem names th
 import difflib
 import json
 import logging
+import math
 import os
 import reprlib
 from collections.abc import Callable, Iterator
@@ -92,6 +93,14 @@ class ConfigError(ValueError):
         self.problems = problems
 
 
+# JSON Schema calls 1.0 an integer; a priority or a size written so is a mistake.
+_Validator = jsonschema.validators.extend(  # type: ignore[no-untyped-call]
+    jsonschema.Draft202012Validator,
+    type_checker=jsonschema.Draft202012Validator.TYPE_CHECKER.redefine(
+        "integer", lambda _, value: isinstance(value, int) and not isinstance(value, bool)
+    ),
+)
+
 Probe = Callable[[DatadirConfig], str | None]
 
 
@@ -155,7 +164,7 @@ class _Loader:
             thin_provisioning=values.get("thin_provisioning", False),
             write_once=values.get("write_once", False),
             reseal=Reseal(values.get("reseal", Reseal.ON_DEMAND)),
-            timeout_seconds=values.get("timeout", 0),
+            timeout_seconds=self._timeout(values.get("timeout", 0)),
         )
         if self.problems:
             raise ConfigError(sorted(self.problems, key=lambda problem: problem.line))
@@ -173,7 +182,7 @@ class _Loader:
             raise ConfigError([Problem(str(self.file), error.line, "", f"is not valid YAML: {error}")]) from None
         for path, line in self.document.duplicates:
             self._add(path, "is there twice; keep one", line)
-        for violation in jsonschema.Draft202012Validator(schema()).iter_errors(self.document.data):
+        for violation in _Validator(schema()).iter_errors(self.document.data):
             self._add_schema_error(violation)
         return self.document.data if isinstance(self.document.data, dict) else {}
 
@@ -307,6 +316,11 @@ class _Loader:
             self._add(("chunk_size",), "must be at least 1")
         return size
 
+    def _timeout(self, seconds: float) -> float:
+        if not math.isfinite(seconds):
+            self._add(("timeout",), f"must be a number of seconds, 0 or more, not {seconds}")
+        return seconds
+
     def _absolute(self, path: str) -> str:
         return os.path.abspath(self.file.parent / path)
 
@@ -319,7 +333,8 @@ def is_inside(path: str, directory: str) -> bool:
 def _dotted(path: yaml_document.Path) -> str:
     text = ""
     for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+        shown = f"[{part}]" if isinstance(part, int) else part if len(part) <= 60 else part[:57] + "..."
+        text += f".{shown}" if text and isinstance(part, str) else shown
     return text
 
 

@@ -47,7 +47,7 @@ def serve(request: MountRequest, ready: Callable[[], None]) -> None:
     mountpoint = mounts.prepare(request.mountpoint, (datadir.path for datadir in request.config.datadirs))
     _raise_descriptor_limit()
     logging.logThreads = False  # naming a foreign thread would keep an object for each for ever
-    os.umask(0)
+    os.umask(0o022)  # for directories; images get the mode that was asked for
     interrupted = fusepy_transport.interrupted()
     with ImageStore(request.store_config) as store:
         operations = ImageOperations(store, interrupted=interrupted, ready=ready)

@@ -55,7 +55,13 @@ class Replaced:
 
 def unusable(config: DatadirConfig) -> str | None:
     """Why a datadir can't be used, in one line that says what to do; None where it can. Changes nothing."""
-    path = Path(config.path)
+    try:
+        return _unusable(config, Path(config.path))
+    except OSError as error:
+        return f"{config.path[:200]} can't be used: {error.strerror}"
+
+
+def _unusable(config: DatadirConfig, path: Path) -> str | None:
     needed = os.R_OK | os.X_OK | (0 if config.mode is Mode.READ_ONLY else os.W_OK)
     if path.is_dir():
         return None if os.access(path, needed, effective_ids=True) else _denied(config)
@@ -241,7 +247,7 @@ class Datadir:
             try:
                 fields = json.load(file)
                 return Replaced(token, os.fsdecode(bytes.fromhex(fields["name"])), int(fields["ino"]))
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 return Replaced(token, "", -1)  # cut short: the rename it announces was never begun
 
     # --- opening ---

@@ -18,13 +18,15 @@ import os
 import re
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from imgfs.attributes import ImageAttributes, RootAttributes
 from imgfs.datadir import Datadir
 from imgfs.errors import NotPermitted
-from imgfs.image import Handle, Image
+from imgfs.hashing import never
+from imgfs.image import Handle, Image, Key
 from imgfs.namespace import Owner
 from imgfs.store import ImageStore
 from imgfs.times import UTIME_NOW, set_times
@@ -37,6 +39,7 @@ ROOT_INO = 1
 BLOCK_BYTES = 128 << 10
 """What stat(2) shows as the best size of a read or write: a whole request."""
 STATFS_BLOCK_BYTES = 4096
+RELEASED_SECONDS = 2.0
 _HIDDEN = re.compile(r"/\.fuse_hidden[0-9a-f]{16}")
 
 Caller = Callable[[], tuple[int, int, int]]
@@ -48,10 +51,6 @@ def _fusepy_caller() -> tuple[int, int, int]:
 
     uid, gid, pid = fuse.fuse_get_context()
     return uid, gid, pid
-
-
-def _never() -> bool:
-    return False
 
 
 def _fusepy() -> str:
@@ -70,7 +69,7 @@ class ImageOperations:
         self,
         store: ImageStore,
         caller: Caller = _fusepy_caller,
-        interrupted: Callable[[], bool] = _never,
+        interrupted: Callable[[], bool] = never,
         transport: Callable[[], str] = _fusepy,
         ready: Callable[[], None] = lambda: None,
     ) -> None:
@@ -83,6 +82,7 @@ class ImageOperations:
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._handles: dict[int, Handle] = {}
+        self._released: dict[Key, float] = {}  # inode -> when a handle of it was released, for a moment
         self._aliases: dict[str, int] = {}  # hidden path -> a handle number of the removed image
 
     def __call__(self, operation: str, *arguments: Any) -> Any:
@@ -246,11 +246,12 @@ class ImageOperations:
         with self._store.image(_name(old)) as image:
             with self._lock:
                 number = next((n for n, handle in self._handles.items() if handle.image is image), None)
-            if number is None:
-                raise NotPermitted(f"{new!r} is a name that libfuse keeps for itself")
+                if number is None and image.key not in self._released:
+                    raise NotPermitted(f"{new!r} is a name that libfuse keeps for itself")
             self._store.delete(_name(old))
-            with self._lock:
-                self._aliases[new] = number
+            if number is not None:
+                with self._lock:
+                    self._aliases[new] = number
 
     def mkdir(self, path: str, _mode: int) -> int:
         """Refused: the namespace is flat."""
@@ -316,15 +317,24 @@ class ImageOperations:
         """The last descriptor of the handle was closed."""
         with self._lock:
             handle = self._handles.pop(fh, None)
+            if handle is None:
+                return 0
             self._move_alias(fh, handle)
-        if handle is not None:
-            self._store.close_handle(handle)
+            self._note_released(handle.image.key)
+        self._store.close_handle(handle)
         return 0
 
-    def _move_alias(self, fh: int, handle: Handle | None) -> None:
+    def _note_released(self, key: Key) -> None:
+        """libfuse takes an image for open until a little after its release."""
+        now = time.monotonic()
+        self._released[key] = now
+        for old in [k for k, at in self._released.items() if now - at > RELEASED_SECONDS]:
+            del self._released[old]
+
+    def _move_alias(self, fh: int, handle: Handle) -> None:
         """An alias goes over to another handle of the same image, or ends with the last."""
         for path, number in list(self._aliases.items()):
-            if number == fh and handle is not None:
+            if number == fh:
                 others = (n for n, other in self._handles.items() if other.image is handle.image)
                 other = next(others, None)
                 if other is None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from imgfs.errors import Interrupted
+from imgfs.errors import ImageChanging, Interrupted
 
 CHECKSUM_ALGO = "md5"
 READ_BYTES = 1 << 20
@@ -26,6 +26,7 @@ STREAM_QUEUE_BYTES = 8 << 20
 POOL_QUEUE_BYTES = 64 << 20
 BATCH_BYTES = 4 << 20
 HOLE_BATCH_BYTES = 64 << 20
+STOP_SECONDS = 0.1  # how often a wait asks whether it is still wanted
 _ZEROS = bytes(1 << 20)
 
 
@@ -55,6 +56,12 @@ class Hole:
 
 
 Chunk = bytes | memoryview | Hole
+Stop = Callable[[], bool]
+
+
+def never() -> bool:
+    """A `Stop` that lets everything be finished."""
+    return False
 
 
 def usable_algorithm(name: str) -> bool:
@@ -150,11 +157,13 @@ class HashPool:
                     self._ready.append(lane)
                     self._work.notify()
 
-    def drain(self, lanes: list[_Lane]) -> bool:
-        """Wait until the lanes are worked off; whether all of it was hashed."""
+    def drain(self, lanes: list[_Lane], stop: Stop) -> bool:
+        """Wait until the lanes are worked off, or `stop()` is true; whether all of it was hashed."""
         with self._lock:
             while any(lane.busy for lane in lanes):
-                self._progress.wait()
+                if stop():
+                    return False
+                self._progress.wait(STOP_SECONDS)
             return not any(lane.failed for lane in lanes)
 
     def drop(self, lanes: list[_Lane]) -> None:
@@ -248,12 +257,12 @@ class DigestStream:
         self.broken = True
         self._pool.drop(self._lanes)
 
-    def finish(self, size: int) -> Digests | None:
-        """The digests of all `size` bytes, the rest up to there being zeros; None where the stream broke."""
+    def finish(self, size: int, stop: Stop = never) -> Digests | None:
+        """The digests of all `size` bytes, the rest up to there being zeros; None where it broke or was stopped."""
         if self.broken or size < self._position:
             return None
         self._skip_to(size)
-        if not self._pool.drain(self._lanes):
+        if not self._pool.drain(self._lanes, stop):
             return None
         checksum, value = (self._by_algo[algo].state.hexdigest() for algo in (CHECKSUM_ALGO, self._algo))
         return Digests(size, checksum, self._algo, value)
@@ -279,21 +288,27 @@ def data_spans(fd: int, size: int) -> Iterator[tuple[int, int]]:
         end = hole
 
 
-def digest_file(fd: int, size: int, pool: HashPool, algo: str, stop: Callable[[], bool] = lambda: False) -> Digests:
+def digest_file(fd: int, size: int, pool: HashPool, algo: str, stop: Stop = never) -> Digests:
     """Read `size` bytes of a file and give their digests; holes are not read.
 
-    Raises Interrupted once `stop()` is true or the file turns out shorter, and the OSError of a failing read.
+    Raises Interrupted once `stop()` is true, ImageChanging where the file turns out shorter, and the OSError of a
+    failing read.
     """
     stream = DigestStream(pool, algo)
     try:
         for start, end in data_spans(fd, size):
-            for offset in range(start, end, READ_BYTES):
+            offset = start
+            while offset < end:
                 if stop():
                     raise Interrupted("the reading for digests was given up")
-                stream.write(offset, os.pread(fd, min(READ_BYTES, end - offset), offset))
-        digests = stream.finish(size)
+                chunk = os.pread(fd, min(READ_BYTES, end - offset), offset)
+                if not chunk:
+                    raise ImageChanging("the file became shorter while it was read")
+                stream.write(offset, chunk)
+                offset += len(chunk)
+        digests = stream.finish(size, stop)
     finally:
         stream.break_off()
     if digests is None:
-        raise Interrupted("the digests could not be finished")
+        raise Interrupted("the reading for digests was given up")
     return digests

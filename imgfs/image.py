@@ -12,6 +12,7 @@ import errno
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -26,6 +27,7 @@ from imgfs.xattrs import proc_path
 log = logging.getLogger(__name__)
 
 WAIT_SECONDS = 0.1
+RELEASE_SECONDS = 0.5
 _ZEROS = bytes(1 << 20)
 _READ = os.O_RDONLY | os.O_CLOEXEC
 _WRITE = os.O_RDWR | os.O_CLOEXEC
@@ -287,6 +289,18 @@ class Image:
         """Of the declared size, what is not yet allocated in the datadir."""
         return max(0, self.declared_bytes - self.status().st_blocks * 512) if self.declared_bytes else 0
 
+    def wait_for_release(self) -> bool:
+        """Whether no writer is at work; gives those that have flushed a moment to be released, as close(2) does.
+
+        The kernel releases a closed file some time after close(2) has returned, so a writer that is done may
+        still look as if it had the image open.
+        """
+        deadline = time.monotonic() + RELEASE_SECONDS
+        with self.lock:
+            while self.unsealed and self.writers and not self.unflushed and time.monotonic() < deadline:
+                self.lock.wait(WAIT_SECONDS)
+            return not (self.unsealed and self.writers)
+
     def wait_while_sealing(self, interrupted: Callable[[], bool]) -> None:
         """Wait until nobody writes and no seal is under way; raises Interrupted when the caller is."""
         with self.lock:
@@ -343,6 +357,7 @@ class Handle:
             if not self.writable or image.writers:
                 return False
             image.declared_bytes = 0
+            image.lock.notify_all()
             return image.unsealed and image.name is not None and image.begin_sealing()
 
     def sync(self, data_only: bool = False) -> None:

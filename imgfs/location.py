@@ -25,7 +25,10 @@ def to_path(location: str) -> str:
     scheme, separator, rest = location.partition("://")
     if not separator or scheme.lower() not in SCHEMES:
         raise BadLocation(f"{location!r} is no location: it must start with file:// or filesystem://")
-    path = os.fsdecode(unquote_to_bytes(rest.strip().encode("utf-8", "surrogateescape")))
+    try:
+        path = os.fsdecode(unquote_to_bytes(os.fsencode(rest.strip())))
+    except UnicodeEncodeError:
+        raise BadLocation(f"{location!r} is refused: it has half a surrogate pair") from None
     if not path.startswith("/") or path.endswith("/"):
         raise BadLocation(f"{location!r} names no file: the path must be absolute")
     if "\0" in path or any(part in ("", ".", "..") for part in path.split("/")[1:]):

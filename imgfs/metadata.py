@@ -32,11 +32,11 @@ def load(path: Path) -> list[Metadata]:
         document = json.loads(path.read_bytes())
         problem = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema()).iter_errors(document))
     except OSError as error:
-        raise MetadataError(f"{path}: can't be read: {error.strerror}") from None
+        raise MetadataError(f"{str(path)[:200]}: can't be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise MetadataError(f"{path}: is not valid JSON: {error}") from None
     if problem is not None:
-        raise MetadataError(f"{path}: {problem.json_path}: {problem.message}")
+        raise MetadataError(f"{path}: {problem.json_path}: {problem.message[:200]}")
     return cast(list[Metadata], document) if isinstance(document, list) else [document]
 
 

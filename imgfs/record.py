@@ -81,5 +81,5 @@ def decode(stored: bytes) -> Record | None:
         digests = Digests(**fields["digests"]) if "digests" in fields else None
         expectations = Expectations(**fields.get("expectations", {}))
         return Record(State(fields["state"]), int(fields.get("mtime_ns", 0)), digests, expectations)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None

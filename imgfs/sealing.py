@@ -6,9 +6,10 @@ by a second reading otherwise. The record is written last, and only if the file 
 Threading: `seal` may be called from any thread and does not wait. At most one seal of an image is under way.
 """
 
+import contextlib
 import logging
 import os
-import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 FINISHERS = 8
 READERS = 2
 ATTEMPTS = 3
+GRACE_SECONDS = 5.0  # what digests that are nearly done get when the store closes
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,7 @@ class Sealer:
         self._pool = pool
         self._rules = rules
         self._sealed = sealed
-        self._closing = threading.Event()
+        self._closing_since: float | None = None
         # Two pools, so that an image that needs only its record never waits for one that must be read.
         self._finishers = ThreadPoolExecutor(FINISHERS, "imgfs-seal")
         self._readers = ThreadPoolExecutor(READERS, "imgfs-seal-read")
@@ -60,7 +62,7 @@ class Sealer:
 
     def close(self) -> None:
         """Finish the seals that need no reading, give up the others (they stay stale)."""
-        self._closing.set()
+        self._closing_since = time.monotonic()
         self._readers.shutdown(wait=True, cancel_futures=False)
         self._finishers.shutdown(wait=True, cancel_futures=False)
 
@@ -92,14 +94,15 @@ class Sealer:
                 stream.break_off()
         with image.lock:
             again, image.seal_again = image.seal_again, False
-            return not (again and image.unsealed and not self._closing.is_set())
+            return not (again and image.unsealed and not self._closing_for(0))
 
     def _seal(self, image: Image, stream: DigestStream | None, changes: int) -> None:
         for _ in range(ATTEMPTS):
-            digests = self._digests(image, stream, changes)
+            with contextlib.suppress(ImageChanging):
+                digests = self._digests(image, stream, changes)
+                if self._finish(image, digests, changes):
+                    return
             stream = None
-            if self._finish(image, digests, changes):
-                return
         raise ImageChanging(f"image {image.name!r} keeps changing behind imgfs")
 
     def _digests(self, image: Image, stream: DigestStream | None, changes: int) -> Digests:
@@ -108,14 +111,24 @@ class Sealer:
             status = image.status()
             if status.st_mtime_ns != image.mtime_ns:
                 stream, image.mtime_ns = None, status.st_mtime_ns
-        digests = stream.finish(status.st_size) if stream is not None else None
-        if digests is not None:
-            return digests
 
-        def stop() -> bool:
-            return self._closing.is_set() or image.name is None or image.changes != changes
+        def outdated() -> bool:
+            return image.name is None or image.changes != changes
 
-        return digest_file(image.open_for_read(), status.st_size, self._pool, self._rules.hashing_algo, stop)
+        if stream is not None:
+            digests = stream.finish(status.st_size, lambda: outdated() or self._closing_for(GRACE_SECONDS))
+            if digests is not None:
+                return digests
+        return digest_file(
+            image.open_for_read(),
+            status.st_size,
+            self._pool,
+            self._rules.hashing_algo,
+            lambda: outdated() or self._closing_for(0),
+        )
+
+    def _closing_for(self, seconds: float) -> bool:
+        return self._closing_since is not None and time.monotonic() - self._closing_since >= seconds
 
     def _finish(self, image: Image, digests: Digests, changes: int) -> bool:
         """Make the bytes durable, then vouch for them; False where they are no longer those hashed."""

@@ -31,7 +31,7 @@ from imgfs.errors import (
     VerificationFailed,
     WriteDenied,
 )
-from imgfs.hashing import Digests, DigestStream, HashPool, Verifier
+from imgfs.hashing import Digests, DigestStream, HashPool, Stop, Verifier, never
 from imgfs.image import Handle, Image
 from imgfs.namespace import NOBODY_IN_PARTICULAR, Namespace, Owner
 from imgfs.record import State
@@ -58,10 +58,6 @@ class Added:
     checksum: str
     os_hash_value: str
     metadata: labels.Metadata
-
-
-def _never() -> bool:
-    return False
 
 
 class ImageStore:
@@ -203,7 +199,7 @@ class ImageStore:
         self._namespace.declare_size(image, size, strict=True)
         image.expect(size=size)
 
-    def digests(self, name: str, interrupted: Callable[[], bool] = _never) -> Digests:
+    def digests(self, name: str, interrupted: Stop = never) -> Digests:
         """The digests of an image; waits while it is written or sealed, has it sealed first where it is stale.
 
         Raises ImageNotFound, Interrupted once `interrupted()` is true, and what made sealing fail.
@@ -211,7 +207,7 @@ class ImageStore:
         with self.image(name) as image:
             return self.digests_of(image, interrupted)
 
-    def digests_of(self, image: Image, interrupted: Callable[[], bool] = _never) -> Digests:
+    def digests_of(self, image: Image, interrupted: Stop = never) -> Digests:
         """The same for an image at hand."""
         image.wait_while_sealing(interrupted)
         held = image.valid_record()

@@ -95,7 +95,7 @@ class SidecarXattrs:
             try:
                 held = json.load(file)
                 return {name: base64.b64decode(value) for name, value in held.items()}
-            except (ValueError, AttributeError, TypeError):
+            except (ValueError, AttributeError, TypeError, RecursionError):
                 return {}  # cut short or foreign: as good as none
 
     def _write(self, fd: int, held: dict[str, bytes]) -> None:

@@ -4,6 +4,7 @@ PyYAML does the parsing; this adds what a configuration needs: line numbers, dup
 are to be read as they are written, and no way to make a small file grow (aliases of collections are refused).
 """
 
+import os
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,10 +39,11 @@ class Document:
 
 def parse(text: str, verbatim: Collection[Path] = ()) -> Document:
     """Parse one document; scalars at the paths in `verbatim` stay strings as written. Raises YamlError."""
-    loader = yaml.SafeLoader(text)
     try:
-        node = loader.get_single_node()
-        return _Builder(loader, verbatim).build(node)
+        loader = yaml.SafeLoader(text)
+        return _Builder(loader, verbatim).build(loader.get_single_node())
+    except yaml.reader.ReaderError as error:
+        raise YamlError(text.count("\n", 0, error.position) + 1, str(error.reason)) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise YamlError(mark.line + 1 if mark else 1, str(error.problem or error.context)) from None
@@ -51,8 +53,6 @@ def parse(text: str, verbatim: Collection[Path] = ()) -> Document:
         raise YamlError(1, str(error).splitlines()[0]) from None
     except RecursionError:
         raise YamlError(1, "nested too deeply") from None
-    finally:
-        loader.dispose()
 
 
 class _Builder:
@@ -79,10 +79,11 @@ class _Builder:
         return self._mapping(node, path)
 
     def _scalar(self, node: yaml.ScalarNode, path: Path) -> Any:
-        if path in self._verbatim:
-            return node.value
         try:
-            return self._loader.construct_object(node)
+            os.fsencode(node.value)
+            return node.value if path in self._verbatim else self._loader.construct_object(node)
+        except UnicodeEncodeError:
+            raise YamlError(node.start_mark.line + 1, "a string with half a surrogate pair") from None
         except (ValueError, OverflowError) as error:
             raise YamlError(node.start_mark.line + 1, str(error)) from None
 
