@@ -82,8 +82,20 @@ def crash(mounter: Mounter, mounted: Mounted) -> None:
     mounter._mounted.remove(mounted)
 
 
+@contextlib.contextmanager
+def opened(path: Path, flags: int) -> Iterator[int]:
+    """A descriptor of a file, closed in the end even if the daemon that serves it is gone."""
+    fd = os.open(path, flags)
+    try:
+        yield fd
+    finally:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
+
 def fill(directory: Path, leave_bytes: int) -> None:
-    """Take up the free space of a filesystem but for about `leave_bytes`."""
+    """Take up the free space of a filesystem but for about `leave_bytes`, by a file that is no image."""
+    (directory / ".filled").mkdir()
     numbers = os.statvfs(directory)
-    with open(directory / ".filling", "wb") as file:
+    with open(directory / ".filled" / "file", "wb") as file:
         os.posix_fallocate(file.fileno(), 0, numbers.f_bavail * numbers.f_frsize - leave_bytes)

@@ -1,0 +1,261 @@
+"""Names that must be refused, names that must work, and things in a datadir that are no images."""
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from clients import assert_sealed, attribute, fails_with, md5, new_image
+from conftest import Mounted, run
+
+Mount = Callable[..., Mounted]
+RESERVED = [".imgfs", ".imgfs.yaml", ".imgfs-anything"]
+GOOD_NAMES = [
+    b"plain",
+    b" ",
+    b"with space and 'quotes' and \"more\"",
+    b"%2e%2e",
+    b"?query#fragment&amp;",
+    b"-rf",
+    b"~",
+    b"*",
+    b"back\\slash",
+    b"line\nbreak",
+    b"tab\tand\x01\x7fcontrol",
+    "ünïcödé-画像-😀".encode(),
+    b"latin-\xe4\xf6\xfc",
+    b"\xff\xfe\x80",
+    b"\xed\xa0\x80",
+    b".hidden",
+    b"...",
+    b".img",
+    b"x" * 255,
+    b"\xe4" * 255,
+]
+
+
+@pytest.fixture
+def images(mount: Mount) -> Mounted:
+    """A mount with two datadirs."""
+    return mount()
+
+
+def assert_unchanged(images: Mounted, names: list[str]) -> None:
+    """The mount and its datadirs hold these images and nothing else."""
+    assert sorted(os.listdir(images.path)) == sorted(names)
+    below = [name for datadir in images.datadirs for name in os.listdir(datadir) if name != ".imgfs"]
+    assert sorted(below) == sorted(names)
+
+
+def test_names_are_bytes(images: Mounted) -> None:
+    contents = {}
+    for number, name in enumerate(GOOD_NAMES):
+        path = images / os.fsdecode(name)
+        contents[name] = new_image(path, 1000 + number)
+        assert path.stat().st_size == 1000 + number
+    assert sorted(os.listdir(os.fsencode(images.path))) == sorted(GOOD_NAMES)
+    assert sorted(p for p in os.listdir(os.fsencode(images.datadirs[0])) if p != b".imgfs") == sorted(GOOD_NAMES)
+    for name, content in contents.items():
+        path = images / os.fsdecode(name)
+        assert_sealed(path, md5(content))
+        path.rename(images / "moved")
+        assert attribute(images / "moved", "state") == "active"
+        (images / "moved").rename(path)
+        path.unlink()
+    assert_unchanged(images, [])
+
+
+@pytest.mark.parametrize("name", [b"a b?#%c", b"\xff\xfe"], ids=["special", "bytes"])
+def test_location_of_an_odd_name_is_percent_encoded(images: Mounted, name: bytes) -> None:
+    new_image(images / os.fsdecode(name), 10)
+    quoted = "".join(chr(byte) if chr(byte).isalnum() and byte < 128 else f"%{byte:02X}" for byte in name)
+    assert attribute(images / os.fsdecode(name), "location") == f"file://{images.datadirs[0]}/{quoted}"
+
+
+@pytest.mark.parametrize("name", RESERVED)
+def test_reserved_names_are_refused(images: Mounted, name: str) -> None:
+    new_image(images / "a")
+    with fails_with(errno.EPERM):
+        (images / name).touch()
+    with fails_with(errno.EPERM):
+        (images / "a").rename(images / name)
+    with fails_with(errno.ENOENT):
+        (images / name).stat()
+    with fails_with(errno.ENOENT):
+        (images / name).read_bytes()
+    with fails_with(errno.ENOENT):
+        (images / name).unlink()
+    assert_unchanged(images, ["a"])
+
+
+def test_own_room_of_a_datadir_is_not_to_be_seen_or_reached(images: Mounted) -> None:
+    assert (images.datadirs[0] / ".imgfs").is_dir()
+    assert os.listdir(images.path) == []
+    for operation in (os.stat, os.listdir, os.rmdir, os.unlink):
+        with fails_with(errno.ENOENT):
+            operation(images / ".imgfs")
+
+
+@pytest.mark.parametrize("name", ["x" * 256, "ü" * 128, "x" * 1000, "x" * 2000], ids=len)
+def test_too_long_names_are_refused(images: Mounted, name: str) -> None:
+    new_image(images / "a")
+    for operation in (
+        (images / name).touch,
+        (images / name).stat,
+        (images / name).unlink,
+        lambda: (images / "a").rename(images / name),
+    ):
+        with fails_with(errno.ENAMETOOLONG):
+            operation()
+    assert_unchanged(images, ["a"])
+
+
+def test_names_with_a_slash_lead_nowhere(images: Mounted) -> None:
+    new_image(images / "a")
+    with fails_with(errno.ENOENT):
+        (images / "missing" / "b").touch()
+    with fails_with(errno.ENOTDIR):
+        (images / "a" / "b").touch()
+    with fails_with(errno.ENOTDIR):
+        (images / "a" / ".." / "b").touch()
+    with fails_with(errno.ENOENT):
+        (images / "a").rename(images / "missing" / "b")
+    assert_unchanged(images, ["a"])
+
+
+def test_dot_and_dot_dot_are_the_directories_they_are(images: Mounted) -> None:
+    new_image(images / "a")
+    assert os.path.samefile(images / ".", images.path)
+    assert os.path.samefile(images / "..", images.path.parent)
+    for name in (".", ".."):
+        with fails_with(errno.EBUSY, errno.ENOTEMPTY, errno.EINVAL, errno.EISDIR, errno.EEXIST):
+            os.rename(images / "a", f"{images.path}/{name}")
+        with fails_with(errno.EISDIR):
+            os.unlink(f"{images.path}/{name}")
+    assert_unchanged(images, ["a"])
+
+
+def test_only_regular_files_can_be_made(images: Mounted, tmp_path: Path) -> None:
+    new_image(images / "a")
+    operations: list[Callable[[], object]] = [
+        (images / "new").mkdir,
+        lambda: (images / "new").symlink_to("/etc/passwd"),
+        lambda: (images / "new").hardlink_to(images / "a"),
+        lambda: os.mkfifo(images / "new"),
+        lambda: os.mknod(images / "new", stat.S_IFCHR | 0o600, os.makedev(1, 3)),
+        lambda: os.mknod(images / "new", stat.S_IFSOCK | 0o600),
+    ]
+    for operation in operations:
+        with fails_with(errno.EPERM):
+            operation()
+    assert_unchanged(images, ["a"])
+
+
+def test_programs_say_clearly_what_they_may_not(images: Mounted) -> None:
+    new_image(images / "a")
+    for command in (
+        ["mkdir", images / "new"],
+        ["ln", "-s", "a", images / "new"],
+        ["ln", images / "a", images / "new"],
+        ["mkfifo", images / "new"],
+    ):
+        done = run(*command, check=False)
+        assert done.returncode == 1
+        assert "Operation not permitted" in done.stderr
+    assert "Not a directory" in run("rmdir", images / "a", check=False).stderr
+    assert_unchanged(images, ["a"])
+
+
+def test_open_with_o_directory_and_o_nofollow(images: Mounted) -> None:
+    new_image(images / "a")
+    with fails_with(errno.ENOTDIR):
+        os.open(images / "a", os.O_RDONLY | os.O_DIRECTORY)
+    os.close(os.open(images / "a", os.O_RDONLY | os.O_NOFOLLOW))
+
+
+def strange(datadir: Path, kind: str) -> Path:
+    """Something in a datadir that is no image."""
+    path = datadir / "strange"
+    match kind:
+        case "symlink to a file":
+            path.symlink_to(datadir / "image")
+        case "symlink out":
+            path.symlink_to("/etc/passwd")
+        case "dangling symlink":
+            path.symlink_to(datadir.parent / "made-by-following")
+        case "symlink to a directory":
+            path.symlink_to("/etc")
+        case "fifo":
+            os.mkfifo(path)
+        case "device":
+            os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        case "directory":
+            path.mkdir()
+            (path / "inside").write_bytes(b"x")
+    return path
+
+
+KINDS = [
+    "symlink to a file",
+    "symlink out",
+    "dangling symlink",
+    "symlink to a directory",
+    "fifo",
+    "device",
+    "directory",
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("datadir", [0, 1], ids=["high", "low"])
+def test_what_is_no_image_is_invisible_and_never_followed(images: Mounted, kind: str, datadir: int) -> None:
+    new_image(images.datadirs[datadir] / "image")
+    below = strange(images.datadirs[datadir], kind)
+    before = below.lstat()
+    image = images / "strange"
+    assert os.listdir(images.path) == ["image"]
+    looks: list[Callable[[], object]] = [
+        image.lstat,
+        image.read_bytes,
+        image.unlink,
+        lambda: os.truncate(image, 0),
+        lambda: image.chmod(0o777),
+        lambda: os.utime(image),
+        lambda: os.getxattr(image, "user.imgfs.checksum"),
+        lambda: os.setxattr(image, "user.note", b"x"),
+        lambda: image.rename(images / "other"),
+        lambda: os.listdir(image),
+    ]
+    for look in looks:
+        with fails_with(errno.ENOENT):
+            look()
+    with fails_with(errno.EEXIST):
+        image.write_bytes(b"never to arrive")
+    if datadir == 0:
+        with fails_with(errno.EEXIST):
+            (images / "image").rename(image)
+        assert os.listdir(images.path) == ["image"]
+    after = below.lstat()
+    assert (after.st_mode, after.st_ino, after.st_mtime_ns, after.st_ctime_ns) == (
+        before.st_mode,
+        before.st_ino,
+        before.st_mtime_ns,
+        before.st_ctime_ns,
+    )
+    assert not (images.datadirs[datadir].parent / "made-by-following").exists()
+
+
+def test_symlink_put_in_the_place_of_an_open_image_is_not_followed(images: Mounted, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(b"secret")
+    content = new_image(images / "a")
+    assert_sealed(images / "a")
+    with open(images / "a", "r+b", buffering=0) as image:
+        (images.datadirs[0] / "a").unlink()
+        (images.datadirs[0] / "a").symlink_to(tmp_path / "secret")
+        assert image.read(10) == content[:10]
+        image.write(b"to the old file")
+    assert (tmp_path / "secret").read_bytes() == b"secret"
+    with fails_with(errno.ENOENT):
+        (images / "a").read_bytes()
