@@ -306,6 +306,8 @@ def digest_file(fd: int, size: int, pool: HashPool, algo: str, stop: Stop = neve
                     raise ImageChanging("the file became shorter while it was read")
                 stream.write(offset, chunk)
                 offset += len(chunk)
+        if os.fstat(fd).st_size < size:
+            raise ImageChanging("the file became shorter while it was read")
         digests = stream.finish(size, stop)
     finally:
         stream.break_off()
