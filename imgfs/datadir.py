@@ -62,11 +62,17 @@ def unusable(config: DatadirConfig) -> str | None:
 
 
 def _unusable(config: DatadirConfig, path: Path) -> str | None:
-    needed = os.R_OK | os.X_OK | (0 if config.mode is Mode.READ_ONLY else os.W_OK)
-    if path.is_dir():
-        return None if os.access(path, needed, effective_ids=True) else _denied(config)
-    if path.exists() or path.is_symlink():
+    try:
+        is_directory = stat.S_ISDIR(os.stat(path).st_mode)
+    except FileNotFoundError:
+        return f"{path} is a symlink to nowhere" if path.is_symlink() else _uncreatable(config, path)
+    if not is_directory:
         return f"{path} is not a directory"
+    needed = os.R_OK | os.X_OK | (0 if config.mode is Mode.READ_ONLY else os.W_OK)
+    return None if os.access(path, needed, effective_ids=True) else _denied(config)
+
+
+def _uncreatable(config: DatadirConfig, path: Path) -> str | None:
     if config.mode is Mode.READ_ONLY:
         return f"{path} does not exist; create it or take it out"
     parent = next(candidate for candidate in path.parents if candidate.exists())
@@ -94,6 +100,7 @@ class Datadir:
         self.tag = 1
         self._open()
         try:
+            self.device = os.fstat(self.fd).st_dev
             self._lock()
             self._grant_search(file_perm)
             self._own_fd = self._own_directory(names.OWN_DIRECTORY, self.fd)

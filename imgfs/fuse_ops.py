@@ -280,9 +280,12 @@ class ImageOperations:
         uid, gid, _ = self._caller()
         return self._number(self._store.create(_name(path), stat.S_IMODE(mode), Owner(uid, gid)))
 
-    def open(self, path: str, flags: int) -> int:
-        """open(2) of an image that exists."""
-        return self._number(self._store.open(_name(path), flags))
+    def open(self, path: str | None, flags: int, fh: int | None = None) -> int:
+        """open(2) of an image that exists; of one whose name is gone through a handle of it."""
+        number = fh if path is None else self._aliases.get(path)
+        if number is not None:
+            return self._number(self._store.reopen(self._handle(number), flags))
+        return self._number(self._store.open(_name(str(path)), flags))
 
     def read(self, _path: str | None, size: int, offset: int, fh: int) -> bytes:
         """pread(2)."""
@@ -297,7 +300,7 @@ class ImageOperations:
         if fh is not None:
             self._store.truncate(self._handle(fh), length)
             return 0
-        number = self._number(self._store.open(_name(str(path)), os.O_WRONLY))
+        number = self.open(path, os.O_WRONLY)
         try:
             return self.truncate(None, length, number)
         finally:

@@ -185,7 +185,7 @@ class Image:
 
     def _write_all(self, data: bytes | memoryview, offset: int) -> int:
         fd = self.open_for_write()
-        if self._thin and _ZEROS.startswith(data) and offset >= os.fstat(fd).st_size:
+        if self._thin and _is_zero(data) and offset >= os.fstat(fd).st_size:
             os.ftruncate(fd, offset + len(data))
             return len(data)
         view, written = memoryview(data), 0
@@ -308,6 +308,11 @@ class Image:
                 if interrupted():
                     raise Interrupted("interrupted while waiting for the image to be sealed")
                 self.lock.wait(WAIT_SECONDS)
+
+
+def _is_zero(data: bytes | memoryview) -> bool:
+    view = memoryview(data)
+    return all(_ZEROS.startswith(view[at : at + len(_ZEROS)]) for at in range(0, len(view), len(_ZEROS)))
 
 
 class Handle:

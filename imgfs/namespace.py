@@ -154,8 +154,10 @@ class Namespace:
         """
         with self._named(image), image.change_lock, self._placing:
             image.declared_bytes = 0
-            empty = image.name is not None and image.status().st_size == 0
-            fitting = [datadir for datadir in self._placed(size) if empty or datadir is image.datadir]
+            status = image.status()
+            empty = image.name is not None and status.st_size == 0
+            missing = max(0, size - status.st_blocks * 512)
+            fitting = [datadir for datadir in self._placed(missing) if empty or datadir is image.datadir]
             if not fitting and strict:
                 raise StorageFull(f"no datadir has room for the {size} bytes declared for {image.name!r}")
             if not fitting:
@@ -165,11 +167,11 @@ class Namespace:
             image.declared_bytes = size
 
     def reserved_bytes(self, datadir: Datadir) -> int:
-        """What is promised to images that are being written in a datadir and not allocated yet."""
+        """What is promised to images that are being written on a datadir's filesystem and not allocated yet."""
         return sum(
             image.outstanding_bytes()
             for image in self.live_images()
-            if image.declared_bytes and image.datadir is datadir
+            if image.declared_bytes and image.datadir.device == datadir.device
         )
 
     def _placed(self, size: int | None) -> list[Datadir]:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 
 from imgfs.errors import ImageNotFound
-from imgfs.image import Image
+from imgfs.image import Image, Key
 from imgfs.namespace import Namespace
 from imgfs.record import State
 
@@ -33,6 +33,7 @@ class Resealer:
         self._namespace = namespace
         self._seal = seal
         self._closing = threading.Event()
+        self._given_up: dict[Key, tuple[int, int, int]] = {}
         self._thread = threading.Thread(target=self._run, name="imgfs-reseal", daemon=True)
         self._thread.start()
 
@@ -57,8 +58,18 @@ class Resealer:
             if self._closing.is_set():
                 return
             with contextlib.suppress(ImageNotFound), self._namespace.image(name) as image:
-                if image.state() is State.STALE and image.seal_error is None and _has_rested(image):
-                    self._seal(image)
+                if image.state() is State.STALE and _has_rested(image):
+                    self._try(image)
+
+    def _try(self, image: Image) -> None:
+        """Seal an image, but one that could not be sealed is left alone until it changes."""
+        status = image.status()
+        as_it_is = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        if self._given_up.get(image.key) == as_it_is:
+            return
+        self._seal(image)
+        if image.seal_error is not None:
+            self._given_up[image.key] = as_it_is
 
 
 def _has_rested(image: Image) -> bool:

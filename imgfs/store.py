@@ -142,8 +142,15 @@ class ImageStore:
         Raises ImageNotFound; ImageFailed for reading one that failed an expectation; for writing, NotPermitted
         where it is active and the store write-once, WriteDenied where its datadir is read-only.
         """
+        return self._open(self._namespace.pin(name), flags)
+
+    def reopen(self, handle: Handle, flags: int) -> Handle:
+        """Open the image of a handle once more, whether or not it still has a name."""
+        return self._open(self._namespace.hold(handle.image), flags)
+
+    def _open(self, image: Image, flags: int) -> Handle:
+        """Open an image, whose reference passes to the handle."""
         writable = flags & os.O_ACCMODE != os.O_RDONLY or bool(flags & os.O_TRUNC)
-        image = self._namespace.pin(name)
         try:
             self._prepare(image, writable)
             if flags & os.O_TRUNC:
@@ -265,7 +272,7 @@ class ImageStore:
         return json.dumps((found or {}) | store)
 
     def reserved_bytes(self, datadir: Datadir) -> int:
-        """What is promised to images that are being written in a datadir, in bytes."""
+        """What is promised to images that are being written on a datadir's filesystem, in bytes."""
         return self._namespace.reserved_bytes(datadir)
 
     # --- whole images ---
@@ -310,7 +317,8 @@ class ImageStore:
             for chunk in _chunks(data, self.config.chunk_size_bytes):
                 if size and written + len(chunk) > size:
                     raise SizeMismatch(f"more than the declared {size} bytes came")
-                _write_all(handle, chunk, written)
+                # Hashed after this returns, so it must not be a buffer that its owner fills again.
+                _write_all(handle, bytes(chunk), written)
                 written += len(chunk)
                 if verifier is not None:
                     verifier.update(chunk)
@@ -332,11 +340,14 @@ class ImageStore:
         """
         if offset < 0 or (length is not None and length < 0):
             raise InvalidValue("an offset and a length are 0 or more")
-        return self._read(self.open(name), offset, length)
+        chunks = self._read(self.open(name), offset, length)
+        next(chunks)  # under way, so that dropping it closes the image
+        return chunks
 
     def _read(self, handle: Handle, offset: int, length: int | None) -> Iterator[bytes]:
         remaining = handle.status().st_size if length is None else length
         try:
+            yield b""
             while remaining and (chunk := handle.read(min(remaining, self.config.chunk_size_bytes), offset)):
                 yield chunk
                 offset += len(chunk)
