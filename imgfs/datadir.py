@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """What a datadir says when it can't take an image for want of room."""
+UNTOLD_BYTES = 1 << 50
+"""What counts as free where a filesystem does not tell its size at all (ramfs, some network filesystems)."""
 LOCK_WAIT_SECONDS = 10.0
 _LOCK_RETRY_SECONDS = 0.05
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -211,6 +213,8 @@ class Datadir:
     def free_bytes(self) -> int:
         """What an unprivileged user may still write, in bytes (Glance behaviour 6)."""
         numbers = self.filesystem()
+        if numbers.f_blocks == 0:
+            return UNTOLD_BYTES
         return max(0, numbers.f_bavail * numbers.f_frsize)
 
     def directory_status(self) -> os.stat_result:

@@ -273,11 +273,19 @@ class Image:
             self.seal_error = None
             return True
 
-    def end_sealing(self) -> None:
-        """Leave it, and wake those who wait."""
+    def end_sealing(self, for_good: bool = False) -> bool:
+        """Leave it, and wake those who wait; False where writers came and went, so that it must go on.
+
+        `for_good` leaves it all the same: the image stays stale.
+        """
         with self.lock:
+            if self.seal_again and self.unsealed and not self.writers and not for_good:
+                self.seal_again = False
+                self.seal_error = None
+                return False
             self.sealing = False
             self.lock.notify_all()
+            return True
 
     def take_stream(self) -> tuple[DigestStream | None, int]:
         """Hand the stream over to sealing, with the count of changes it stands for; later writes break it."""

@@ -54,7 +54,8 @@ class Sealer:
         try:
             (self._finishers if quick else self._readers).submit(self._run, image, stream, changes)
         except RuntimeError:  # closing: the image stays visibly stale
-            self._end(image)
+            image.end_sealing(for_good=True)
+            self._sealed(image)
 
     def seal_here(self, image: Image) -> None:
         """The same in the calling thread, so done when this returns."""
@@ -66,19 +67,14 @@ class Sealer:
         self._readers.shutdown(wait=True, cancel_futures=False)
         self._finishers.shutdown(wait=True, cancel_futures=False)
 
-    def _end(self, image: Image) -> None:
-        image.end_sealing()
+    def _run(self, image: Image, stream: DigestStream | None, changes: int) -> None:
+        self._try(image, stream, changes)
+        while not image.end_sealing(for_good=self._closing_for(0)):
+            self._try(image, *image.take_stream())
         self._sealed(image)
 
-    def _run(self, image: Image, stream: DigestStream | None, changes: int) -> None:
-        try:
-            while not self._try(image, stream, changes):
-                stream, changes = image.take_stream()
-        finally:
-            self._end(image)
-
-    def _try(self, image: Image, stream: DigestStream | None, changes: int) -> bool:
-        """One seal, errors kept with the image; False where writers came and went meanwhile."""
+    def _try(self, image: Image, stream: DigestStream | None, changes: int) -> None:
+        """One seal; what goes wrong is kept with the image."""
         try:
             self._seal(image, stream, changes)
         except Interrupted as reason:
@@ -92,9 +88,6 @@ class Sealer:
         finally:
             if stream is not None:
                 stream.break_off()
-        with image.lock:
-            again, image.seal_again = image.seal_again, False
-            return not (again and image.unsealed and not self._closing_for(0))
 
     def _seal(self, image: Image, stream: DigestStream | None, changes: int) -> None:
         for _ in range(ATTEMPTS):
