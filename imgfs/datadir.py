@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from imgfs import names
+from imgfs import linux, names
 from imgfs.config import DatadirConfig, Mode
 from imgfs.errors import DatadirError, ImageNotFound, WriteDenied
 from imgfs.xattrs import NativeXattrs, ReadOnlyXattrs, SidecarXattrs, Xattrs, proc_path, supported
@@ -184,6 +184,10 @@ class Datadir:
     def rename(self, old: str, new: str) -> None:
         """Rename within the datadir, in one step (rename(2))."""
         os.rename(old, new, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+
+    def exchange(self, one: str, other: str) -> None:
+        """Swap two names in one step (renameat2(2))."""
+        linux.exchange(self.fd, one, other)
 
     def entries(self) -> Iterator[Entry]:
         """The images here, in the directory's order; symlinks, pipes and directories are no images."""

@@ -27,6 +27,7 @@ from imgfs.datadir import Datadir
 from imgfs.errors import NotPermitted
 from imgfs.hashing import never
 from imgfs.image import Handle, Image, Key
+from imgfs.linux import RENAME_EXCHANGE, RENAME_NOREPLACE
 from imgfs.namespace import Owner
 from imgfs.store import ImageStore
 from imgfs.times import UTIME_NOW, set_times
@@ -39,6 +40,7 @@ ROOT_INO = 1
 BLOCK_BYTES = 128 << 10
 """What stat(2) shows as the best size of a read or write: a whole request."""
 STATFS_BLOCK_BYTES = 4096
+COPY_BYTES = 128 << 20
 RELEASED_SECONDS = 2.0
 _HIDDEN = re.compile(r"/\.fuse_hidden[0-9a-f]{16}")
 
@@ -246,7 +248,8 @@ class ImageOperations:
         with self._store.image(_name(old)) as image:
             with self._lock:
                 number = next((n for n, handle in self._handles.items() if handle.image is image), None)
-                if number is None and image.key not in self._released:
+                released = time.monotonic() - self._released.get(image.key, -RELEASED_SECONDS)
+                if number is None and released >= RELEASED_SECONDS:
                     raise NotPermitted(f"{new!r} is a name that libfuse keeps for itself")
             self._store.delete(_name(old))
             if number is not None:
@@ -344,6 +347,46 @@ class ImageOperations:
                     del self._aliases[path]
                 else:
                     self._aliases[path] = other
+
+    # --- what fusepy can't deliver ---
+
+    def lseek(self, _path: str | None, offset: int, whence: int, fh: int) -> int:
+        """lseek(2) with SEEK_DATA or SEEK_HOLE."""
+        return self._handle(fh).seek(offset, whence)
+
+    def fallocate(self, _path: str | None, mode: int, offset: int, length: int, fh: int) -> int:
+        """fallocate(2)."""
+        self._store.allocate(self._handle(fh), mode, offset, length)
+        return 0
+
+    def copy_file_range(
+        self,
+        _path_in: str | None,
+        fh_in: int,
+        offset_in: int,
+        _path_out: str | None,
+        fh_out: int,
+        offset_out: int,
+        length: int,
+        _flags: int,
+    ) -> int:
+        """copy_file_range(2): at most COPY_BYTES at a time, so that no request takes long."""
+        source, target = self._handle(fh_in), self._handle(fh_out)
+        return target.copy_from(source, offset_in, offset_out, min(length, COPY_BYTES))
+
+    def rename2(self, old: str, new: str, flags: int) -> int:
+        """renameat2(2) with RENAME_NOREPLACE or RENAME_EXCHANGE."""
+        if flags == RENAME_NOREPLACE:
+            self._store.rename_new(_name(old), _name(new))
+        elif flags == RENAME_EXCHANGE:
+            self._store.exchange(_name(old), _name(new))
+        else:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return 0
+
+    def passthrough_fd(self, fh: int) -> int | None:
+        """The descriptor that the kernel may read in the daemon's place, where the image is at rest."""
+        return self._handle(fh).resting_fd()
 
     # --- extended attributes ---
 

@@ -252,6 +252,11 @@ class DigestStream:
         if size == 0:
             self._start()
 
+    def zero(self, offset: int) -> None:
+        """Follow a run of bytes that became zeros: such bytes are nothing new unless they were hashed already."""
+        if offset < self._position:
+            self.break_off()
+
     def break_off(self) -> None:
         """Give the stream up; what is queued is dropped."""
         self.broken = True

@@ -18,8 +18,9 @@ from dataclasses import replace
 
 from imgfs import record
 from imgfs.datadir import Datadir
-from imgfs.errors import Interrupted, NotPermitted
+from imgfs.errors import ImageFailed, Interrupted, NotPermitted
 from imgfs.hashing import DigestStream
+from imgfs.linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, fallocate
 from imgfs.record import Expectations, Record, State
 from imgfs.times import set_times
 from imgfs.xattrs import proc_path
@@ -157,6 +158,33 @@ class Image:
                 self._stream = self._new_stream()
             elif self._stream is not None:
                 self._stream.truncate(size)
+
+    def allocate(self, mode: int, offset: int, length: int) -> None:
+        """fallocate(2), followed by the digests; EOPNOTSUPP for what would move bytes."""
+        if mode & ~(FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE | FALLOC_FL_ZERO_RANGE):
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        with self.change_lock:
+            fd = self.open_for_write()
+            self._before_change()
+            try:
+                fallocate(fd, mode, offset, length)
+            finally:
+                self._after_change()
+            if self._stream is not None and mode & (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_ZERO_RANGE):
+                self._stream.zero(offset)
+
+    def copy_from(self, source: "Image", source_offset: int, offset: int, length: int) -> int:
+        """copy_file_range(2) out of another image; gives the bytes copied. The digests are computed later."""
+        with self.change_lock:
+            fd = self.open_for_write()
+            self._before_change()
+            try:
+                copied = os.copy_file_range(source.fd, fd, length, source_offset, offset)
+            finally:
+                self._after_change()
+            if self._stream is not None and copied:
+                self._stream.break_off()
+        return copied
 
     def _before_change(self) -> None:
         """Before the first changed byte, the old record goes, on stable storage: it vouches for other bytes."""
@@ -337,9 +365,13 @@ class Handle:
 
     def read(self, size: int, offset: int) -> bytes:
         """At most `size` bytes from `offset`; empty at the end. Raises EIO for a failed image."""
-        if self.image.failed:
-            raise OSError(errno.EIO, f"image {self.image.name!r} failed an expectation; it is not served")
+        self.require_readable()
         return os.pread(self.image.fd, size, offset)
+
+    def require_readable(self) -> None:
+        """Raise ImageFailed where the image failed an expectation."""
+        if self.image.failed:
+            raise ImageFailed(f"image {self.image.name!r} failed an expectation; it is not served")
 
     def write(self, data: bytes | memoryview, offset: int) -> int:
         """Write at `offset`; gives the bytes written."""
@@ -351,6 +383,33 @@ class Handle:
         """ftruncate(2)."""
         self._require_writable()
         self.image.truncate(size)
+
+    def allocate(self, mode: int, offset: int, length: int) -> None:
+        """fallocate(2)."""
+        self._require_writable()
+        self._set_unflushed(True)
+        self.image.allocate(mode, offset, length)
+
+    def copy_from(self, source: "Handle", source_offset: int, offset: int, length: int) -> int:
+        """copy_file_range(2) out of another handle; gives the bytes copied."""
+        source.require_readable()
+        self._require_writable()
+        self._set_unflushed(True)
+        return self.image.copy_from(source.image, source_offset, offset, length)
+
+    def seek(self, offset: int, whence: int) -> int:
+        """lseek(2) with SEEK_DATA or SEEK_HOLE; ENXIO beyond the end."""
+        return os.lseek(self.image.fd, offset, whence)
+
+    def resting_fd(self) -> int | None:
+        """A descriptor whose bytes are those of the image for as long as it is open, or None.
+
+        There is one when nobody writes, and when no seal is under way that may find an expectation unmet.
+        """
+        image = self.image
+        with image.lock:
+            in_doubt = image.failed or image.writers or (image.sealing and image.expectations != Expectations())
+        return None if in_doubt else image.fd
 
     def status(self) -> os.stat_result:
         """fstat(2)."""

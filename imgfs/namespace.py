@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from imgfs import names, placement
 from imgfs.datadir import FULL_ERRNOS, Datadir
-from imgfs.errors import ImageExists, ImageNotFound, ReservedName, StorageFull
+from imgfs.errors import ImageExists, ImageNotFound, ImgfsError, ReservedName, StorageFull
 from imgfs.image import Image, Key, StreamFactory
 from imgfs.name_locks import NameLocks
 from imgfs.xattrs import proc_path
@@ -255,6 +255,20 @@ class Namespace:
                 if target is not None:
                     may_replace(target)
                 self._rename(image, old, new, target)
+
+    def exchange(self, one: str, other: str) -> None:
+        """Swap the names of two images of one datadir, in one step; they stay what they are.
+
+        Raises ImageNotFound, and EXDEV for images in different datadirs: that would take two steps.
+        """
+        names.check(one)
+        names.check(other)
+        with self._names.held(one, other), self.image(one) as first, self.image(other) as second:
+            first.datadir.require_writable()
+            if first.datadir is not second.datadir:
+                raise ImgfsError("images in different datadirs can't be exchanged in one step", errno.EXDEV)
+            first.datadir.exchange(one, other)
+            first.name, second.name = other, one
 
     def _rename(self, image: Image, old: str, new: str, target: Image | None) -> None:
         here = target is not None and target.datadir is image.datadir

@@ -20,6 +20,7 @@ from imgfs.config import Config, Reseal
 from imgfs.datadir import FULL_ERRNOS, Datadir, give_tags
 from imgfs.errors import (
     BadLocation,
+    ImageExists,
     ImageFailed,
     ImgfsError,
     InvalidValue,
@@ -127,6 +128,20 @@ class ImageStore:
         """
         self._namespace.rename(old, new, self._require_changeable)
 
+    def rename_new(self, old: str, new: str) -> None:
+        """Rename an image to a name that is free; raises ImageExists where it is not."""
+
+        def refuse(_: Image) -> None:
+            raise ImageExists(f"image {new!r} exists")
+
+        self._namespace.rename(old, new, refuse)
+
+    def exchange(self, one: str, other: str) -> None:
+        """Swap the names of two images of one datadir in one step. Raises ImageNotFound; EXDEV across datadirs."""
+        if self.config.write_once:
+            raise NotPermitted("images of a write-once store are not exchanged")
+        self._namespace.exchange(one, other)
+
     # --- handles ---
 
     def create(self, name: str, mode: int = NEW_IMAGE_MODE, owner: Owner = NOBODY_IN_PARTICULAR) -> Handle:
@@ -189,6 +204,13 @@ class ImageStore:
         if size and image.unsealed and image.status().st_size == 0:
             self._namespace.declare_size(image, size, strict=False)
         handle.truncate(size)
+
+    def allocate(self, handle: Handle, mode: int, offset: int, length: int) -> None:
+        """fallocate(2); on an empty new image it counts as a declared size, too (for its placement)."""
+        image = handle.image
+        if image.unsealed and image.status().st_size == 0:
+            self._namespace.declare_size(image, offset + length, strict=False)
+        handle.allocate(mode, offset, length)
 
     # --- sealing ---
 
