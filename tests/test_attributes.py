@@ -175,6 +175,20 @@ def test_attributes_work_on_ramfs_which_has_none(filesystem: Filesystem, mount: 
     assert attribute(images / "b", "state") == "active"
 
 
+def test_new_images_are_sealed_on_ramfs_which_has_no_attributes(filesystem: Filesystem, mount: Mounter) -> None:
+    below = filesystem("ramfs", 16)
+    images = mount([below])
+    content = new_image(images / "a")
+    assert_sealed(images / "a", md5(content))
+    os.setxattr(images / "a", "user.note", b"x")
+    new_image(images / "b")
+    (images / "b").rename(images / "a")
+    assert "user.note" not in names_of(images / "a")
+    assert_sealed(images / "a")
+    (images / "a").unlink()
+    assert [p for p in below.rglob("*") if p.is_file()] == []
+
+
 def test_root_shows_the_store(images: Mounted) -> None:
     new_image(images / "a")
     assert_sealed(images / "a")

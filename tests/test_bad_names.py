@@ -1,6 +1,7 @@
 """Names that must be refused, names that must work, and things in a datadir that are no images."""
 
 import errno
+import functools
 import os
 import stat
 from collections.abc import Callable
@@ -67,26 +68,23 @@ def test_names_are_bytes(images: Mounted) -> None:
     assert_unchanged(images, [])
 
 
-@pytest.mark.parametrize("name", [b"a b?#%c", b"\xff\xfe"], ids=["special", "bytes"])
-def test_location_of_an_odd_name_is_percent_encoded(images: Mounted, name: bytes) -> None:
-    new_image(images / os.fsdecode(name), 10)
-    quoted = "".join(chr(byte) if chr(byte).isalnum() and byte < 128 else f"%{byte:02X}" for byte in name)
-    assert attribute(images / os.fsdecode(name), "location") == f"file://{images.datadirs[0]}/{quoted}"
+def test_location_of_an_odd_name_is_percent_encoded(images: Mounted) -> None:
+    for name in (b"a b?#%c", b"\xff\xfe", "ü".encode()):
+        new_image(images / os.fsdecode(name), 10)
+        quoted = "".join(chr(byte) if chr(byte).isalnum() and byte < 128 else f"%{byte:02X}" for byte in name)
+        assert attribute(images / os.fsdecode(name), "location") == f"file://{images.datadirs[0]}/{quoted}"
 
 
-@pytest.mark.parametrize("name", RESERVED)
-def test_reserved_names_are_refused(images: Mounted, name: str) -> None:
+def test_reserved_names_are_refused(images: Mounted) -> None:
     new_image(images / "a")
-    with fails_with(errno.EPERM):
-        (images / name).touch()
-    with fails_with(errno.EPERM):
-        (images / "a").rename(images / name)
-    with fails_with(errno.ENOENT):
-        (images / name).stat()
-    with fails_with(errno.ENOENT):
-        (images / name).read_bytes()
-    with fails_with(errno.ENOENT):
-        (images / name).unlink()
+    for name in RESERVED:
+        with fails_with(errno.EPERM):
+            (images / name).touch()
+        with fails_with(errno.EPERM):
+            (images / "a").rename(images / name)
+        for operation in (os.stat, os.unlink, lambda path: os.open(path, os.O_RDONLY)):
+            with fails_with(errno.ENOENT):
+                operation(images / name)
     assert_unchanged(images, ["a"])
 
 
@@ -98,17 +96,13 @@ def test_own_room_of_a_datadir_is_not_to_be_seen_or_reached(images: Mounted) -> 
             operation(images / ".imgfs")
 
 
-@pytest.mark.parametrize("name", ["x" * 256, "ü" * 128, "x" * 1000, "x" * 2000], ids=len)
-def test_too_long_names_are_refused(images: Mounted, name: str) -> None:
+def test_too_long_names_are_refused(images: Mounted) -> None:
     new_image(images / "a")
-    for operation in (
-        (images / name).touch,
-        (images / name).stat,
-        (images / name).unlink,
-        lambda: (images / "a").rename(images / name),
-    ):
-        with fails_with(errno.ENAMETOOLONG):
-            operation()
+    for name in ("x" * 256, "ü" * 128, "x" * 1000, "x" * 2000):
+        path = images / name
+        for operation in (path.touch, path.stat, path.unlink, functools.partial((images / "a").rename, path)):
+            with fails_with(errno.ENAMETOOLONG):
+                operation()
     assert_unchanged(images, ["a"])
 
 

@@ -146,12 +146,12 @@ def test_dd_with_seek_leaves_a_hole_that_hashes_as_zeros(images: Mounted, tmp_pa
     assert_sealed(images / "a", md5(bytes(300_000) + content))
 
 
-@pytest.mark.parametrize("size", [0, 1, 100_000, 300_001, 900_000])
-def test_truncate_gives_the_size_and_new_digests(images: Mounted, size: int) -> None:
-    content = new_image(images / "a", 300_001)
-    assert_sealed(images / "a")
-    run("truncate", "-s", size, images / "a")
-    assert_sealed(images / "a", md5(content[:size].ljust(size, b"\0")))
+def test_truncate_gives_the_size_and_new_digests(images: Mounted) -> None:
+    for size in (0, 1, 100_000, 300_001, 900_000):
+        content = new_image(images / "a", 300_001)
+        assert_sealed(images / "a")
+        run("truncate", "-s", size, images / "a")
+        assert_sealed(images / "a", md5(content[:size].ljust(size, b"\0")))
 
 
 def test_truncate_makes_a_new_image_of_zeros(images: Mounted) -> None:

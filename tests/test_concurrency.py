@@ -103,8 +103,8 @@ def test_wait_for_a_digest_can_be_interrupted(mount: Mount) -> None:
     with open(images / "a", "wb", buffering=0) as image:
         image.write(b"begun")
         waiting = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        task = Path(f"/proc/{waiting.pid}/wchan")
-        wait_until(lambda: "fuse" in task.read_text() or "request_wait" in task.read_text(), "the wait")
+        task = Path(f"/proc/{waiting.pid}/stat")
+        wait_until(lambda: "(getfattr) S" in task.read_text(), "the wait")
         waiting.terminate()
         assert waiting.wait(WAIT_SECONDS) != 0
         assert attribute(images / "a", "state") == "saving"

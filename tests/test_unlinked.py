@@ -158,12 +158,11 @@ def test_both_sides_of_a_rename_can_be_open(images: Mounted) -> None:
     assert_sealed(images / "a", md5(b"change" + new[6:]))
 
 
-@pytest.mark.parametrize("size", [0, 1, 300_000])
-def test_image_can_be_removed_right_after_it_was_closed(images: Mounted, size: int) -> None:
-    content = bytes(size)
-    for _ in range(150):
-        (images / "a").write_bytes(content)
-        (images / "a").unlink()
+def test_image_can_be_removed_right_after_it_was_closed(images: Mounted) -> None:
+    for size in (0, 1, 300_000):
+        for _ in range(60):
+            (images / "a").write_bytes(bytes(size))
+            (images / "a").unlink()
     assert os.listdir(images.path) == []
 
 

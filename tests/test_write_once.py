@@ -50,6 +50,19 @@ def test_active_image_can_not_be_changed(images: Mounted) -> None:
     assert sorted(os.listdir(images.path)) == ["a", "new"]
 
 
+def test_active_image_can_not_be_changed_while_it_is_read(images: Mounted) -> None:
+    content = (images / "a").read_bytes()
+    ways = attempts(images)
+    del ways["replace"]  # libfuse 2 removes an open image by itself before it asks for the rename
+    with open(images / "a", "rb") as reader:
+        for attempt in ways.values():
+            with fails_with(errno.EPERM):
+                attempt()
+        assert reader.read() == content
+        assert (images / "a").read_bytes() == content
+    assert_sealed(images / "a", md5(content))
+
+
 def test_programs_say_that_it_is_not_permitted(images: Mounted, tmp_path: Path) -> None:
     new_image(tmp_path / "a", 1000)
     for command in (
