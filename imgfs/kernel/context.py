@@ -1,0 +1,77 @@
+"""Who asked for what the current thread is doing, and whether they still want it.
+
+Made before both the operations and the session, and given to both: the session enters each request, the
+operations ask. `caller` and `interrupted` answer for the calling thread; outside a request they name this
+process and say no.
+"""
+
+import os
+import threading
+
+from imgfs.kernel.operations import Caller
+from imgfs.kernel.requests import Header
+
+_REMEMBERED = 256
+_NONE = Header(0, 0, 0, 0, 0, 0, 0, 0, 0)
+
+
+class Work:
+    """The request of one reader thread; only that thread sets `header`."""
+
+    __slots__ = ("header", "interrupted_unique")
+
+    def __init__(self) -> None:
+        self.header = _NONE
+        self.interrupted_unique = 0
+
+
+class RequestContext:
+    """The requests being worked on. Single dictionary operations need no lock under the interpreter's."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+        self._running: dict[int, Work] = {}
+        self._early: dict[int, None] = {}
+        self._ended = False
+
+    def caller(self) -> Caller:
+        """uid, gid and pid of the process whose request the calling thread works on."""
+        work: Work | None = getattr(self._local, "work", None)
+        if work is None:
+            return Caller(os.geteuid(), os.getegid(), os.getpid())
+        return Caller(work.header.uid, work.header.gid, work.header.pid)
+
+    def interrupted(self) -> bool:
+        """Whether the calling thread's request was interrupted (signal(7)), or its mount is gone."""
+        work: Work | None = getattr(self._local, "work", None)
+        return work is not None and (self._ended or work.interrupted_unique == work.header.unique)
+
+    def enter_thread(self) -> Work:
+        """Make the calling thread one that works on requests."""
+        work = self._local.work = Work()
+        return work
+
+    def begin(self, work: Work, header: Header) -> None:
+        work.header = header
+        self._running[header.unique] = work
+        if self._early and header.unique in self._early:
+            del self._early[header.unique]
+            work.interrupted_unique = header.unique
+
+    def end(self, work: Work) -> None:
+        self._running.pop(work.header.unique, None)
+
+    def interrupt(self, unique: int) -> None:
+        """FUSE_INTERRUPT came. It may overtake its request on another thread, and is kept for it then."""
+        if work := self._running.get(unique):
+            work.interrupted_unique = unique
+            return
+        self._early[unique] = None
+        if work := self._running.get(unique):
+            work.interrupted_unique = unique
+        if len(self._early) > _REMEMBERED:
+            self._early.pop(next(iter(self._early)), None)
+
+    def end_all(self) -> None:
+        """The connection is gone: nobody waits for any answer."""
+        self._ended = True

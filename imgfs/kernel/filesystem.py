@@ -1,0 +1,484 @@
+"""Requests to operations: each request of the opcode table becomes calls of the operations, and their values
+a reply.
+
+Owns the translation of nodeids to paths and of handles to how they do their I/O; the wire is replies.py's,
+threads and descriptors are the session's. Every method takes the header and the parsed request and gives the
+body of the reply, or raises OSError. All are called from many threads at once and hold no lock while the
+operations work.
+"""
+
+import errno
+import os
+import stat
+import threading
+from collections.abc import Callable
+from itertools import count
+from typing import Any, NamedTuple, TypeVar
+
+from imgfs.kernel import abi, replies, requests
+from imgfs.kernel.device import Payload
+from imgfs.kernel.handles import Handles
+from imgfs.kernel.nodes import ROOT_PATH, Node, Nodes
+from imgfs.kernel.operations import Operations
+from imgfs.kernel.replies import Attributes, Timeouts
+from imgfs.kernel.requests import Header
+
+RENAME_NOREPLACE = 1 << 0
+RENAME_EXCHANGE = 1 << 1
+UTIME_NOW = 0x3FFFFFFF
+UTIME_OMIT = 0x3FFFFFFE
+
+_RELEASE_WAIT_S = 0.02
+_CHANGE_WAIT_S = 1.0
+_ATTEMPTS = 5
+_MAX_COPY = 0xFFFFF000  # the reply to COPY_FILE_RANGE has 32 bits
+_NS = 1_000_000_000
+_ACLS = frozenset({b"system.posix_acl_access", b"system.posix_acl_default"})
+T = TypeVar("T")
+
+
+class Entry(NamedTuple):
+    """One name of a listing."""
+
+    name: bytes
+    ino: int
+    mode: int
+
+
+class Filesystem:
+    """The requests of one mount, answered by `operations`."""
+
+    def __init__(
+        self,
+        operations: Operations,
+        nodes: Nodes,
+        handles: Handles,
+        *,
+        timeouts: Timeouts,
+        negative_s: float = 0,
+    ) -> None:
+        self._call = operations
+        self._nodes = nodes
+        self._handles = handles
+        self._timeouts = timeouts
+        self._negative = Timeouts.of_seconds(negative_s, 0)
+        self._listings: dict[int, list[Entry] | None] = {}
+        self._listing_numbers = count(1)
+        self._listings_lock = threading.Lock()
+
+    # Names and attributes
+
+    def lookup(self, header: Header, request: requests.Name) -> Payload:
+        path = self._child(header, request.name)
+        for attempt in range(_ATTEMPTS):
+            known = self._nodes.find(path)
+            try:
+                attr = self._call("getattr", path, None)
+            except OSError as error:
+                if error.errno == errno.ENOENT and any(self._negative):
+                    return replies.negative_entry_out(self._negative)
+                raise
+            node = self._nodes.look_up(path)
+            if self._nodes.steady(path) and (known is node or known is None):
+                return replies.entry_out(node.nodeid, self._timeouts, attr)
+            if attempt < _ATTEMPTS - 1:
+                self._nodes.forget([(node.nodeid, 1)])
+                self._nodes.wait_steady(path, _CHANGE_WAIT_S)
+        return replies.entry_out(node.nodeid, replies.NEVER, attr)
+
+    def forget(self, header: Header, request: requests.ForgetIn) -> Payload:
+        self._nodes.forget([(header.nodeid, request.nlookup)])
+        return b""
+
+    def batch_forget(self, _header: Header, request: requests.BatchForgetIn) -> Payload:
+        self._nodes.forget(request.items)
+        return b""
+
+    def getattr(self, header: Header, request: requests.GetattrIn) -> Payload:
+        node = self._nodes.get(header.nodeid)
+        fh = request.fh if request.getattr_flags & abi.FUSE_GETATTR_FH else None
+        return self._attr_out(node, fh)
+
+    def setattr(self, header: Header, request: requests.SetattrIn) -> Payload:
+        node = self._nodes.get(header.nodeid)
+        valid = request.valid
+        path, fh = self._target(node, request.fh if valid & abi.FATTR_FH else None)
+        if valid & abi.FATTR_SIZE:
+            self._call("truncate", path, request.size, fh)
+            if valid & abi.FATTR_KILL_SUIDGID:
+                self._drop_privileges(path, fh)
+        if valid & abi.FATTR_MODE:
+            self._call("chmod", path, request.mode, fh)
+            for handle in self._handles.of(node.nodeid):
+                handle.privileges_dropped = False
+        if valid & (abi.FATTR_UID | abi.FATTR_GID):
+            uid = request.uid if valid & abi.FATTR_UID else -1
+            gid = request.gid if valid & abi.FATTR_GID else -1
+            self._call("chown", path, uid, gid, fh)
+        if valid & (abi.FATTR_ATIME | abi.FATTR_MTIME):
+            self._call("utimens", path, _times(request), fh)
+        return self._attr_out(node, fh)
+
+    def statfs(self, _header: Header, _request: requests.Nothing) -> Payload:
+        return replies.statfs_out(self._call("statfs", ROOT_PATH))
+
+    def access(self, header: Header, request: requests.AccessIn) -> Payload:
+        path, _fh = self._target(self._nodes.get(header.nodeid), None)
+        if path is not None:
+            self._call("access", path, request.mask)
+        return b""
+
+    def unlink(self, header: Header, request: requests.Name) -> Payload:
+        path = self._child(header, request.name)
+        with self._nodes.changing(path):
+            self._call("unlink", path)
+            self._nodes.unlink(path)
+        return b""
+
+    def rename(self, header: Header, request: requests.RenameIn) -> Payload:
+        old = self._child(header, request.oldname)
+        new = self._child(header._replace(nodeid=request.newdir), request.newname)
+        if request.flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE):
+            raise _error(errno.EINVAL)
+        with self._nodes.changing(old, new):
+            if request.flags:
+                self._call("rename2", old, new, request.flags)
+            else:
+                self._call("rename", old, new)
+            if request.flags & RENAME_EXCHANGE:
+                self._nodes.exchange(old, new)
+            else:
+                self._nodes.rename(old, new)
+        return b""
+
+    # What a flat store refuses; the operations say how.
+
+    def mkdir(self, header: Header, request: requests.MkdirIn) -> Payload:
+        return self._made(header, request.name, "mkdir", request.mode)
+
+    def mknod(self, header: Header, request: requests.MknodIn) -> Payload:
+        return self._made(header, request.name, "mknod", request.mode, request.rdev)
+
+    def symlink(self, header: Header, request: requests.SymlinkIn) -> Payload:
+        return self._made(header, request.name, "symlink", os.fsdecode(request.target))
+
+    def link(self, header: Header, request: requests.LinkIn) -> Payload:
+        source, _fh = self._target(self._nodes.get(request.oldnodeid), None)
+        return self._made(header, request.name, "link", source)
+
+    def rmdir(self, header: Header, request: requests.Name) -> Payload:
+        self._call("rmdir", self._child(header, request.name))
+        return b""
+
+    # Handles
+
+    def create(self, header: Header, request: requests.CreateIn) -> Payload:
+        path = self._child(header, request.name)
+        try:
+            fh = self._call("create", path, request.mode, request.flags)
+        except FileExistsError:
+            if request.flags & os.O_EXCL:
+                raise
+            # The kernel knew of no such name, but somebody was faster: then it is an open.
+            node = self._nodes.look_up(path)
+            return self._entry_out(node) + self._open(node, request.flags, request.open_flags)
+        self._nodes.unlink(path)
+        node = self._nodes.look_up(path)
+        attr = self._guarded(path, fh, lambda: self._call("getattr", path, fh))
+        mode = self._handles.add(fh, node.nodeid, request.flags, None)
+        return replies.entry_out(node.nodeid, self._timeouts, attr) + replies.open_out(fh, *mode)
+
+    def open(self, header: Header, request: requests.OpenIn) -> Payload:
+        return self._open(self._nodes.get(header.nodeid), request.flags, request.open_flags)
+
+    def read(self, header: Header, request: requests.ReadIn) -> Payload:
+        path = self._nodes.get(header.nodeid).path
+        data: Payload = self._call("read", path, request.size, request.offset, request.fh)
+        return data
+
+    def write(self, header: Header, request: requests.WriteIn) -> Payload:
+        path = self._nodes.get(header.nodeid).path
+        handle = self._handles.get(request.fh)
+        handle.flushed = False
+        if request.write_flags & abi.FUSE_WRITE_KILL_SUIDGID and not handle.privileges_dropped:
+            self._drop_privileges(path, request.fh)
+            handle.privileges_dropped = True
+        return abi.fuse_write_out.pack(self._call("write", path, request.data, request.offset, request.fh))
+
+    def flush(self, header: Header, request: requests.FlushIn) -> Payload:
+        self._call("flush", self._nodes.get(header.nodeid).path, request.fh)
+        self._handles.get(request.fh).flushed = True
+        return b""
+
+    def fsync(self, header: Header, request: requests.FsyncIn) -> Payload:
+        data_only = request.fsync_flags & abi.FUSE_FSYNC_FDATASYNC
+        self._call("fsync", self._nodes.get(header.nodeid).path, data_only, request.fh)
+        return b""
+
+    def release(self, header: Header, request: requests.ReleaseIn) -> Payload:
+        try:
+            self._call("release", self._nodes.get(header.nodeid).path, request.fh)
+        finally:
+            self._handles.remove(request.fh)
+        return b""
+
+    def release_all(self) -> list[Exception]:
+        """Release what the kernel left open when the connection ended; gives what went wrong."""
+        failures: list[Exception] = []
+        for handle in self._handles.all():
+            header = Header(0, 0, 0, handle.nodeid, 0, 0, 0, 0, 0)
+            try:
+                self.release(header, requests.ReleaseIn(handle.fh, handle.flags, 0, 0))
+            except Exception as error:  # noqa: BLE001 - one bad release must not keep the others open
+                failures.append(error)
+        return failures
+
+    def lseek(self, header: Header, request: requests.LseekIn) -> Payload:
+        path = self._nodes.get(header.nodeid).path
+        return abi.fuse_lseek_out.pack(self._call("lseek", path, request.offset, request.whence, request.fh))
+
+    def fallocate(self, header: Header, request: requests.FallocateIn) -> Payload:
+        path = self._nodes.get(header.nodeid).path
+        self._call("fallocate", path, request.mode, request.offset, request.length, request.fh)
+        return b""
+
+    def copy_file_range(self, header: Header, request: requests.CopyFileRangeIn) -> Payload:
+        return abi.fuse_write_out.pack(self._copy(header, request, min(request.len, _MAX_COPY)))
+
+    def copy_file_range_64(self, header: Header, request: requests.CopyFileRangeIn) -> Payload:
+        return abi.fuse_copy_file_range_out.pack(self._copy(header, request, request.len))
+
+    # Extended attributes
+
+    def getxattr(self, header: Header, request: requests.GetxattrIn) -> Payload:
+        if request.name in _ACLS:
+            # "No ACLs here", which ls(1) asks once and not for every name; see acl_get_file(3).
+            raise _error(errno.EOPNOTSUPP)
+        path, fh = self._target(self._nodes.get(header.nodeid), None)
+        value = self._call("getxattr", path, os.fsdecode(request.name), 0, fh)
+        return _sized(value, request.size)
+
+    def setxattr(self, header: Header, request: requests.SetxattrIn) -> Payload:
+        if request.name in _ACLS:
+            raise _error(errno.EOPNOTSUPP)
+        path, fh = self._target(self._nodes.get(header.nodeid), None)
+        self._call("setxattr", path, os.fsdecode(request.name), request.value, request.flags, 0, fh)
+        return b""
+
+    def listxattr(self, header: Header, request: requests.ListxattrIn) -> Payload:
+        path, fh = self._target(self._nodes.get(header.nodeid), None)
+        return _sized(replies.names_out(self._call("listxattr", path, fh)), request.size)
+
+    def removexattr(self, header: Header, request: requests.Name) -> Payload:
+        path, fh = self._target(self._nodes.get(header.nodeid), None)
+        self._call("removexattr", path, os.fsdecode(request.name), fh)
+        return b""
+
+    # The directory
+
+    def opendir(self, header: Header, _request: requests.OpenIn) -> Payload:
+        if header.nodeid != abi.FUSE_ROOT_ID:
+            raise _error(errno.ENOTDIR)
+        with self._listings_lock:
+            number = next(self._listing_numbers)
+            self._listings[number] = None
+        # The kernel may keep the listing as long as the directory's mtime stands (fs/fuse/readdir.c).
+        keep = abi.FOPEN_KEEP_CACHE | abi.FOPEN_CACHE_DIR if self._timeouts.entry_s else 0
+        return replies.open_out(number, keep)
+
+    def readdir(self, _header: Header, request: requests.ReadIn) -> Payload:
+        listing = self._listing(request)
+        reply, used = [], 0
+        for offset in range(request.offset, len(listing)):
+            entry = listing[offset]
+            used += replies.dirent_size(entry.name)
+            if used > request.size:
+                break
+            reply.append(replies.dirent(entry.ino, offset + 1, entry.mode, entry.name))
+        return b"".join(reply)
+
+    def readdirplus(self, _header: Header, request: requests.ReadIn) -> Payload:
+        listing = self._listing(request)
+        reply, used = [], 0
+        for offset in range(request.offset, len(listing)):
+            entry = listing[offset]
+            used += replies.direntplus_size(entry.name)
+            if used > request.size:
+                break
+            reply.append(self._direntplus(entry, offset + 1))
+        return b"".join(reply)
+
+    def releasedir(self, _header: Header, request: requests.ReleaseIn) -> Payload:
+        with self._listings_lock:
+            self._listings.pop(request.fh, None)
+        return b""
+
+    def fsyncdir(self, _header: Header, _request: requests.FsyncIn) -> Payload:
+        return b""
+
+    # Beneath
+
+    def _child(self, header: Header, name: bytes) -> str:
+        if header.nodeid != abi.FUSE_ROOT_ID:
+            raise _error(errno.ENOTDIR)
+        return ROOT_PATH + os.fsdecode(name)
+
+    def _target(self, node: Node, fh: int | None) -> tuple[str | None, int | None]:
+        """Path and handle to name an inode by: one of them is there, else ESTALE."""
+        path = node.path
+        if path is None and fh is None:
+            fh = self._handles.any_of(node.nodeid)
+            if fh is None:
+                raise _error(errno.ESTALE)
+        return path, fh
+
+    def _steadily(
+        self, node: Node, fh: int | None, act: Callable[[str | None, int | None], T]
+    ) -> tuple[T, bool]:
+        """Do something by the name of a node, again if the name went to another image meanwhile.
+
+        Gives the value, and whether it surely belongs to the node.
+        """
+        for attempt in range(_ATTEMPTS):
+            last = attempt == _ATTEMPTS - 1
+            path, handle = self._target(node, fh)
+            try:
+                value = act(path, handle)
+            except OSError:
+                if last or (node.path is path and self._nodes.steady(path)):
+                    raise
+            else:
+                if node.path is path and self._nodes.steady(path):
+                    return value, True
+            if not last:
+                self._nodes.wait_steady(path, _CHANGE_WAIT_S)
+        return value, False
+
+    def _attr(self, node: Node, fh: int | None) -> tuple[Attributes, Timeouts]:
+        attr, sure = self._steadily(node, fh, lambda path, handle: self._call("getattr", path, handle))
+        return attr, self._timeouts if sure else replies.NEVER
+
+    def _attr_out(self, node: Node, fh: int | None) -> bytes:
+        attr, timeouts = self._attr(node, fh)
+        return replies.attr_out(node.nodeid, timeouts, attr)
+
+    def _entry_out(self, node: Node) -> bytes:
+        attr, timeouts = self._attr(node, None)
+        return replies.entry_out(node.nodeid, timeouts, attr)
+
+    def _made(self, header: Header, name: bytes, operation: str, *args: Any) -> bytes:
+        path = self._child(header, name)
+        self._call(operation, path, *args)
+        return self._entry_out(self._nodes.look_up(path))
+
+    def _open(self, node: Node, flags: int, open_flags: int) -> bytes:
+        reads = flags & os.O_ACCMODE == os.O_RDONLY
+        if reads:
+            self._handles.wait_for_closed(node.nodeid, _RELEASE_WAIT_S)
+        path = node.path
+        if path is None:
+            raise _error(errno.ESTALE)
+        fh = self._call("open", path, flags)
+        if open_flags & abi.FUSE_OPEN_KILL_SUIDGID:
+            self._guarded(path, fh, lambda: self._drop_privileges(path, fh))
+        backing_fd = self._guarded(path, fh, lambda: self._call("passthrough_fd", fh)) if reads else None
+        return replies.open_out(fh, *self._handles.add(fh, node.nodeid, flags, backing_fd))
+
+    def _guarded(self, path: str, fh: int, act: Callable[[], T]) -> T:
+        """Do something with a handle the kernel does not know yet; if it fails, the handle goes."""
+        try:
+            return act()
+        except BaseException:
+            self._call("release", path, fh)
+            raise
+
+    def _drop_privileges(self, path: str | None, fh: int | None) -> None:
+        """Take set-uid and, where the group may execute, set-gid away (FUSE_HANDLE_KILLPRIV_V2, inode(7))."""
+        mode = self._call("getattr", path, fh)["st_mode"]
+        dropped = mode & ~stat.S_ISUID
+        if mode & stat.S_IXGRP:
+            dropped &= ~stat.S_ISGID
+        if dropped != mode:
+            self._call("chmod", path, dropped, fh)
+
+    def _copy(self, header: Header, request: requests.CopyFileRangeIn, length: int) -> int:
+        source = self._nodes.get(header.nodeid).path
+        target = self._nodes.get(request.nodeid_out).path
+        copied: int = self._call(
+            "copy_file_range",
+            source,
+            request.fh_in,
+            request.off_in,
+            target,
+            request.fh_out,
+            request.off_out,
+            length,
+            request.flags,
+        )
+        return copied
+
+    def _listing(self, request: requests.ReadIn) -> list[Entry]:
+        """The names as they were when the reader of this handle began, or began again."""
+        if request.fh not in self._listings:
+            raise _error(errno.EBADF)
+        listing = self._listings[request.fh]
+        if listing is None or request.offset == 0:
+            listing = [_entry(item) for item in self._call("readdir", ROOT_PATH, 0)]
+            self._listings[request.fh] = listing
+        return listing
+
+    def _direntplus(self, entry: Entry, offset: int) -> bytes:
+        if entry.name in (b".", b".."):
+            return replies.bare_direntplus(entry.ino, offset, entry.mode, entry.name)
+        path = ROOT_PATH + os.fsdecode(entry.name)
+        known = self._nodes.find(path)
+        try:
+            attr = self._call("getattr", path, None)
+        except OSError:
+            return replies.bare_direntplus(entry.ino, offset, entry.mode, entry.name)
+        node = self._nodes.look_up(path)
+        sure = self._nodes.steady(path) and (known is node or known is None)
+        timeouts = self._timeouts if sure else replies.NEVER
+        return replies.direntplus(node.nodeid, timeouts, attr, offset, entry.name)
+
+
+def _error(code: int) -> OSError:
+    return OSError(code, os.strerror(code))
+
+
+def _entry(item: Any) -> Entry:
+    """A name, or a (name, attributes, offset) tuple, as fusepy's readdir gives them."""
+    if isinstance(item, str):
+        directory = item in (".", "..")
+        return Entry(os.fsencode(item), 1, stat.S_IFDIR if directory else stat.S_IFREG)
+    name, attr, _offset = item
+    attr = attr or {}
+    return Entry(os.fsencode(name), attr.get("st_ino", 1), attr.get("st_mode", stat.S_IFREG))
+
+
+def _times(request: requests.SetattrIn) -> tuple[int, int]:
+    """What utimensat(2) would be told: nanoseconds, UTIME_NOW or UTIME_OMIT."""
+    atime = mtime = UTIME_OMIT
+    if request.valid & abi.FATTR_ATIME_NOW:
+        atime = UTIME_NOW
+    elif request.valid & abi.FATTR_ATIME:
+        atime = _signed(request.atime) * _NS + request.atimensec
+    if request.valid & abi.FATTR_MTIME_NOW:
+        mtime = UTIME_NOW
+    elif request.valid & abi.FATTR_MTIME:
+        mtime = _signed(request.mtime) * _NS + request.mtimensec
+    return atime, mtime
+
+
+def _signed(seconds: int) -> int:
+    """The kernel's int64_t, sent as uint64_t."""
+    return seconds - (1 << 64) if seconds >> 63 else seconds
+
+
+def _sized(value: bytes, size: int) -> bytes:
+    """The value if `size` has room for it, its length if `size` is 0 (getxattr(2)); else ERANGE."""
+    if not size:
+        return abi.fuse_getxattr_out.pack(len(value))
+    if len(value) > size:
+        raise _error(errno.ERANGE)
+    return value

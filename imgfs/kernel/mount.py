@@ -1,0 +1,201 @@
+"""Mounting and unmounting: mount(2) with a /dev/fuse descriptor, or fusermount3 where that takes privileges.
+
+Owns the mount point, not the connection: what is said on the descriptor is the session's business. See
+mount(2), umount(2), mount.fuse3(8) and, for the handover of the descriptor by fusermount3, its _FUSE_COMMFD
+socket. No state, callable from any thread.
+"""
+
+import ctypes
+import errno
+import os
+import shutil
+import socket
+import stat
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from imgfs.errors import MountError
+from imgfs.kernel import device
+
+MS_RDONLY = 1 << 0
+MS_NOSUID = 1 << 1
+MS_NODEV = 1 << 2
+
+MNT_DETACH = 1 << 1
+UMOUNT_NOFOLLOW = 1 << 3
+
+# Options of mount(8) that are flags of mount(2): (set, cleared).
+_FLAGS = {
+    "ro": (MS_RDONLY, 0),
+    "rw": (0, MS_RDONLY),
+    "nosuid": (MS_NOSUID, 0),
+    "suid": (0, MS_NOSUID),
+    "nodev": (MS_NODEV, 0),
+    "dev": (0, MS_NODEV),
+    "noexec": (1 << 3, 0),
+    "exec": (0, 1 << 3),
+    "sync": (1 << 4, 0),
+    "async": (0, 1 << 4),
+    "dirsync": (1 << 7, 0),
+    "noatime": (1 << 10, 0),
+    "atime": (0, 1 << 10),
+    "nodiratime": (1 << 11, 0),
+    "relatime": (1 << 21, 0),
+    "strictatime": (1 << 24, 0),
+}
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True)
+class MountOptions:
+    """How to mount. `extra` are further options as for mount(8), e.g. "noexec" or "max_read=65536"."""
+
+    source: str = "imgfs"
+    subtype: str = "imgfs"
+    allow_other: bool = False
+    read_only: bool = False
+    default_permissions: bool = True
+    extra: Sequence[str] = ()
+
+    def words(self) -> Iterator[str]:
+        """The options that both ways of mounting take."""
+        if self.default_permissions:
+            yield "default_permissions"
+        if self.allow_other:
+            yield "allow_other"
+        if self.read_only:
+            yield "ro"
+        yield from self.extra
+
+
+def mount(mountpoint: Path, options: MountOptions) -> int:
+    """Mount and give the /dev/fuse descriptor of the new connection; raises `MountError`."""
+    if os.geteuid() != 0:
+        return _mount_with_fusermount(mountpoint, options)
+    try:
+        return _mount_directly(mountpoint, options)
+    except PermissionError:
+        # Root without CAP_SYS_ADMIN, as in a container.
+        return _mount_with_fusermount(mountpoint, options)
+
+
+def unmount(mountpoint: Path, *, lazy: bool = False) -> None:
+    """Take the mount away; EBUSY while it is in use, unless `lazy`. Raises `MountError`."""
+    if os.geteuid() == 0 and _umount2(mountpoint, MNT_DETACH if lazy else 0):
+        return
+    command = [fusermount() or "fusermount3", "-u", *(["-z"] if lazy else []), "--", str(mountpoint)]
+    _run(command, f"{mountpoint} can't be unmounted")
+
+
+def connection_number(mountpoint: Path) -> int | None:
+    """The minor device number of the mount, which names it under /sys/fs/fuse/connections.
+
+    Read from /proc/self/mountinfo (proc(5)): asking the file system itself would take an answer from it.
+    """
+    wanted = str(mountpoint).replace(" ", "\\040").replace("\t", "\\011").replace("\n", "\\012")
+    found = None
+    with Path("/proc/self/mountinfo").open(encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            fields = line.split(" ")
+            if fields[4] == wanted:
+                found = int(fields[2].partition(":")[2])
+    return found
+
+
+def set_readahead(connection: int, size_bytes: int) -> bool:
+    """Let the kernel read ahead further than INIT can ask for (/sys/class/bdi); False without the rights."""
+    try:
+        Path(f"/sys/class/bdi/0:{connection}/read_ahead_kb").write_text(str(size_bytes >> 10), "ascii")
+    except OSError:
+        return False
+    return True
+
+
+def abort(connection: int) -> bool:
+    """End a connection whatever is open on it (/sys/fs/fuse/connections/N/abort); False where that failed."""
+    try:
+        Path(f"/sys/fs/fuse/connections/{connection}/abort").write_text("1", "ascii")
+    except OSError:
+        return False
+    return True
+
+
+def fusermount() -> str | None:
+    """The path of fusermount3, if it is installed."""
+    return shutil.which("fusermount3")
+
+
+def _mount_directly(mountpoint: Path, options: MountOptions) -> int:
+    flags, words = MS_NOSUID | MS_NODEV, []
+    for word in options.words():
+        if word in _FLAGS:
+            added, removed = _FLAGS[word]
+            flags = (flags | added) & ~removed
+        else:
+            words.append(word)
+    fd = os.open(device.PATH, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        root_mode = stat.S_IFMT(mountpoint.stat().st_mode)
+        data = [f"fd={fd}", f"rootmode={root_mode:o}", f"user_id={os.geteuid()}", f"group_id={os.getegid()}"]
+        _sys_mount(options.source, mountpoint, f"fuse.{options.subtype}", flags, ",".join([*data, *words]))
+    except OSError as error:
+        os.close(fd)
+        if error.errno == errno.EPERM:
+            raise PermissionError(error.errno, error.strerror) from None
+        raise MountError(f"{mountpoint} can't be mounted: {error.strerror}", errno=error.errno) from None
+    return fd
+
+
+def _mount_with_fusermount(mountpoint: Path, options: MountOptions) -> int:
+    program = fusermount()
+    if program is None:
+        raise MountError(f"{mountpoint} can't be mounted: not root, and fusermount3 is not installed")
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with ours, theirs:
+        words = [f"fsname={options.source}", f"subtype={options.subtype}", *options.words()]
+        _run(
+            [program, "-o", ",".join(words), "--", str(mountpoint)],
+            f"{mountpoint} can't be mounted",
+            pass_fd=theirs.fileno(),
+        )
+        theirs.close()
+        _data, fds, _flags, _address = socket.recv_fds(ours, 1, 1)
+    if not fds:
+        raise MountError(f"{mountpoint} can't be mounted: fusermount3 gave no descriptor")
+    os.set_inheritable(fds[0], False)
+    return fds[0]
+
+
+def _run(command: list[str], failure: str, pass_fd: int | None = None) -> None:
+    environment, fds = dict(os.environ), ()
+    if pass_fd is not None:
+        environment["_FUSE_COMMFD"] = str(pass_fd)
+        fds = (pass_fd,)
+    try:
+        done = subprocess.run(
+            command, env=environment, pass_fds=fds, capture_output=True, text=True, check=False
+        )
+    except OSError as error:
+        raise MountError(f"{failure}: {command[0]}: {error.strerror}") from None
+    if done.returncode:
+        raise MountError(f"{failure}: {done.stderr.strip() or f'{command[0]} failed'}")
+
+
+def _sys_mount(source: str, target: Path, kind: str, flags: int, data: str) -> None:
+    arguments = [os.fsencode(word) for word in (source, target, kind)]
+    if _libc.mount(*arguments, ctypes.c_ulong(flags), os.fsencode(data)):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+def _umount2(target: Path, flags: int) -> bool:
+    """umount2(2), without following a symlink; False where it takes more privileges."""
+    if not _libc.umount2(os.fsencode(target), flags | UMOUNT_NOFOLLOW):
+        return True
+    code = ctypes.get_errno()
+    if code == errno.EPERM:
+        return False
+    raise MountError(f"{target} can't be unmounted: {os.strerror(code)}", errno=code)

@@ -1,0 +1,139 @@
+"""Which name the kernel means by a nodeid, and how often it was told.
+
+Owns the two-way map between nodeids and paths ("/" or "/NAME", decoded by os.fsdecode) and the lookup counts
+that FORGET takes down again. A path keeps its nodeid as long as the kernel holds a reference; a nodeid is
+never given out twice. An image that was unlinked or replaced while referenced is a node whose path is None.
+Knows nothing of attributes, handles or the wire. Every method takes the one lock for a moment; no I/O happens
+under it.
+"""
+
+import errno
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from imgfs.kernel.abi import FUSE_ROOT_ID
+
+ROOT_PATH = "/"
+
+
+class Node:
+    """One inode as the kernel knows it; guarded by the lock of its `Nodes`, reading `path` is always safe."""
+
+    __slots__ = ("lookups", "nodeid", "path")
+
+    def __init__(self, nodeid: int, path: str) -> None:
+        self.nodeid = nodeid
+        self.path: str | None = path
+        self.lookups = 0
+
+
+class Nodes:
+    """All nodes of a session. Lookups count from LOOKUP, CREATE and READDIRPLUS replies."""
+
+    def __init__(self) -> None:
+        root = Node(FUSE_ROOT_ID, ROOT_PATH)
+        self._by_id = {FUSE_ROOT_ID: root}
+        self._by_path = {ROOT_PATH: root}
+        self._next_nodeid = FUSE_ROOT_ID + 1
+        self._lock = threading.Lock()
+        self._changing: dict[str, int] = {}
+        self._settled = threading.Condition(self._lock)
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def get(self, nodeid: int) -> Node:
+        """The node; ESTALE for one that was never given out, or is forgotten."""
+        node = self._by_id.get(nodeid)
+        if node is None:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return node
+
+    def find(self, path: str) -> Node | None:
+        """The node of a path, without counting a lookup."""
+        return self._by_path.get(path)
+
+    def look_up(self, path: str) -> Node:
+        """The node of a path, made if need be, with one more lookup counted."""
+        with self._lock:
+            node = self._by_path.get(path)
+            if node is None:
+                node = Node(self._next_nodeid, path)
+                self._next_nodeid += 1
+                self._by_id[node.nodeid] = self._by_path[path] = node
+            node.lookups += 1
+            return node
+
+    def forget(self, forgotten: Iterable[tuple[int, int]]) -> None:
+        """Take (nodeid, lookups) pairs off; a node without lookups is gone. The root stays."""
+        with self._lock:
+            for nodeid, lookups in forgotten:
+                node = self._by_id.get(nodeid)
+                if node is None or nodeid == FUSE_ROOT_ID:
+                    continue
+                node.lookups -= lookups
+                if node.lookups <= 0:
+                    del self._by_id[nodeid]
+                    self._detach(node)
+
+    def unlink(self, path: str) -> Node | None:
+        """The name is gone: its node, which is given back, has no path any more."""
+        with self._lock:
+            node = self._by_path.get(path)
+            if node is not None:
+                self._detach(node)
+            return node
+
+    def rename(self, old: str, new: str) -> None:
+        """`old` is called `new` now, and what was `new` has no name (rename(2))."""
+        if old == new:
+            return
+        with self._lock:
+            replaced = self._by_path.get(new)
+            if replaced is not None:
+                self._detach(replaced)
+            self._attach(self._by_path.pop(old, None), new)
+
+    def exchange(self, one: str, other: str) -> None:
+        """Two names swapped (renameat2(2), RENAME_EXCHANGE)."""
+        with self._lock:
+            first, second = self._by_path.pop(one, None), self._by_path.pop(other, None)
+            self._attach(first, other)
+            self._attach(second, one)
+
+    @contextmanager
+    def changing(self, *paths: str) -> Iterator[None]:
+        """While inside, what is learnt about one of the paths may belong to its old or its new image."""
+        with self._lock:
+            for path in paths:
+                self._changing[path] = self._changing.get(path, 0) + 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                for path in paths:
+                    self._changing[path] -= 1
+                    if not self._changing[path]:
+                        del self._changing[path]
+                self._settled.notify_all()
+
+    def steady(self, path: str | None) -> bool:
+        """Whether nobody is `changing` the path just now."""
+        return path not in self._changing
+
+    def wait_steady(self, path: str | None, timeout_s: float) -> None:
+        """Wait until nobody changes the path, or the time is over."""
+        with self._settled:
+            self._settled.wait_for(lambda: path not in self._changing, timeout_s)
+
+    def _attach(self, node: Node | None, path: str) -> None:
+        if node is not None:
+            node.path = path
+            self._by_path[path] = node
+
+    def _detach(self, node: Node) -> None:
+        if node.path is not None and self._by_path.get(node.path) is node:
+            del self._by_path[node.path]
+        node.path = None

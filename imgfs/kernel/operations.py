@@ -1,0 +1,21 @@
+"""What the transport expects of the object that answers the requests, as types only.
+
+The names and arguments are those of fusepy's `Operations`, called through its `__call__`; the transport calls
+some more that fusepy cannot deliver: `lseek`, `fallocate`, `copy_file_range`, `rename2` and `passthrough_fd`.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+
+class Operations(Protocol):
+    """`operations("getattr", "/name", None)`: gives a value or raises OSError with a positive errno."""
+
+    def __call__(self, op: str, *args: Any) -> Any: ...
+
+
+class Caller(NamedTuple):
+    """Who asks; all 0 where the kernel does, and for a process outside this PID namespace `pid` is 0."""
+
+    uid: int
+    gid: int
+    pid: int

@@ -1,0 +1,328 @@
+"""One mount from the handshake to its end: threads that read requests, answer them, and go.
+
+Owns the connection: the descriptor and its clones, the reader threads, and the rule that every request gets
+exactly one reply. What a request means is filesystem.py's. `mount` and `run` belong to one thread; `stop`,
+`abort` and the invalidations may come from any, also from a signal handler, and wait for no request.
+"""
+
+import errno
+import logging
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from imgfs.errors import MountError
+from imgfs.kernel import abi, mount, negotiation, replies, requests
+from imgfs.kernel.context import RequestContext, Work
+from imgfs.kernel.device import Device, Payload
+from imgfs.kernel.filesystem import Filesystem
+from imgfs.kernel.handles import Handles
+from imgfs.kernel.mount import MountOptions
+from imgfs.kernel.negotiation import Agreed, UnsupportedProtocol, Wants
+from imgfs.kernel.nodes import ROOT_PATH, Nodes
+from imgfs.kernel.notifier import Notifier
+from imgfs.kernel.opcodes import OPCODES, SILENT
+from imgfs.kernel.operations import Operations
+from imgfs.kernel.replies import Timeouts
+from imgfs.kernel.requests import Header, MalformedRequest
+
+log = logging.getLogger(__name__)
+
+# Threads that wait for a request while others work: fewer starve, more only take turns.
+MIN_SPARE_THREADS = 1
+MAX_SPARE_THREADS = 3
+MAX_THREADS = 256
+END_WAIT_S = 10.0
+_CAP_SYS_ADMIN = 21
+_NEVER_ON_THIS_MOUNT = frozenset({errno.EPERM, errno.ENOTTY, errno.EOPNOTSUPP, errno.ENOSYS})
+
+
+class Route(NamedTuple):
+    """What to do with one opcode."""
+
+    parse: requests.Parser
+    handle: Callable[[Header, Any], Payload]
+    replies: bool
+
+
+class KernelSession:
+    """A mount of `operations` on `mountpoint`, served on /dev/fuse.
+
+    `context` is the one whose `caller` and `interrupted` the operations were given. Timeouts are in seconds:
+    how long the kernel may keep names, attributes, and the knowledge that a name does not exist.
+    """
+
+    def __init__(
+        self,
+        operations: Operations,
+        mountpoint: str | os.PathLike[str],
+        options: MountOptions | None = None,
+        *,
+        context: RequestContext | None = None,
+        passthrough: bool = True,
+        entry_timeout: float = 1.0,
+        attr_timeout: float = 1.0,
+        negative_timeout: float = 0.0,
+    ) -> None:
+        self.mountpoint = Path(os.path.realpath(mountpoint))
+        self.passthrough = False
+        self._options = options or MountOptions()
+        self._wants_passthrough = passthrough
+        self._context = context or RequestContext()
+        self._nodes = Nodes()
+        self._handles = Handles(self._register, self._unregister)
+        timeouts = Timeouts.of_seconds(entry_timeout, attr_timeout)
+        self._filesystem = Filesystem(
+            operations, self._nodes, self._handles, timeouts=timeouts, negative_s=negative_timeout
+        )
+        self._routes = self._make_routes()
+        self._connection: int | None = None
+        self._idle: set[Device] = set()
+        self._changed = threading.Condition()  # guards _threads and _ended
+        self._threads: set[threading.Thread] = set()
+        self._ended = False
+
+    # The life of the mount
+
+    def mount(self) -> None:
+        """Mount and agree on the protocol; raises `MountError`. Nothing is answered before `run`."""
+        self._device = Device(mount.mount(self.mountpoint, self._options))
+        try:
+            agreed = self._handshake()
+        except UnsupportedProtocol as error:
+            self._device.close()
+            mount.unmount(self.mountpoint, lazy=True)
+            raise MountError(f"{self.mountpoint} can't be mounted: {error.strerror}", error.errno) from None
+        self._device.resize(agreed.max_write)
+        self.passthrough = agreed.passthrough
+        self._connection = mount.connection_number(self.mountpoint)
+        if self._connection is not None:
+            mount.set_readahead(self._connection, agreed.max_write)
+        self._notifier = Notifier(self._device)
+
+    def run(self, ready: Callable[[], None] = lambda: None) -> None:
+        """Answer requests until the mount is gone, then release what was left open."""
+        self._notifier.start()
+        self._start_thread(self._device)
+        for _ in range(MIN_SPARE_THREADS):
+            self._start_thread(self._device.clone())
+        ready()
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended)
+            self._changed.wait_for(lambda: not self._threads, END_WAIT_S)
+        self._finish()
+
+    def stop(self) -> None:
+        """Unmount. If files are open on it, the mount goes from sight now and ends with the last of them."""
+        try:
+            mount.unmount(self.mountpoint)
+        except MountError as error:
+            log.info("%s; it goes when the last file on it is closed", error)
+            mount.unmount(self.mountpoint, lazy=True)
+
+    def abort(self) -> None:
+        """End the connection at once; whoever has files open on it gets ENOTCONN."""
+        if self._connection is not None:
+            mount.abort(self._connection)
+
+    # What the kernel may have cached
+
+    def invalidate(self, name: str, *, data: bool = False) -> None:
+        """The attributes of an image changed otherwise than by a request; with `data`, its bytes too."""
+        node = self._nodes.find(ROOT_PATH + name)
+        if node is not None:
+            self._notifier.send(replies.inval_inode(node.nodeid, 0 if data else -1, 0))
+
+    def name_added(self, name: str) -> None:
+        """A name appeared otherwise than by a request."""
+        self._notifier.send(replies.inval_entry(abi.FUSE_ROOT_ID, os.fsencode(name)))
+        self.invalidate_root()
+
+    def name_removed(self, name: str) -> None:
+        """A name went otherwise than by a request; what comes back under it is another image."""
+        node = self._nodes.unlink(ROOT_PATH + name)
+        if node is not None:
+            self._notifier.send(replies.delete(abi.FUSE_ROOT_ID, node.nodeid, os.fsencode(name)))
+        self.name_added(name)
+
+    def invalidate_root(self) -> None:
+        """The listing, or the attributes of the directory itself, changed otherwise than by a request."""
+        self._notifier.send(replies.inval_inode(abi.FUSE_ROOT_ID, 0, 0))
+
+    # Reader threads
+
+    def _start_thread(self, device: Device) -> None:
+        thread = threading.Thread(target=self._work, args=(device,), name="fuse-reader", daemon=True)
+        with self._changed:
+            self._threads.add(thread)
+        self._idle.add(device)
+        thread.start()
+
+    def _work(self, device: Device) -> None:
+        """Answer requests from one descriptor until the connection ends or enough others wait."""
+        work = self._context.enter_thread()
+        try:
+            while (data := self._next(device)) is not None:
+                self._answer(device, work, data)
+                if len(self._idle) >= MAX_SPARE_THREADS and device is not self._device:
+                    break
+            else:
+                self._end()
+        finally:
+            self._idle.discard(device)
+            if device is not self._device:
+                device.close()
+            with self._changed:
+                self._threads.discard(threading.current_thread())
+                self._changed.notify_all()
+
+    def _next(self, device: Device) -> bytes | None:
+        self._idle.add(device)
+        data = device.read()
+        self._idle.discard(device)
+        if len(self._idle) < MIN_SPARE_THREADS and data is not None:
+            self._grow()
+        return data
+
+    def _grow(self) -> None:
+        if len(self._threads) >= MAX_THREADS:
+            return
+        try:
+            self._start_thread(self._device.clone())
+        except (OSError, RuntimeError) as error:
+            log.warning("no further thread for requests: %s", error)
+
+    def _end(self) -> None:
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+        self._context.end_all()
+
+    def _finish(self) -> None:
+        if self._threads:
+            log.warning("%d requests were still being worked on when the mount went", len(self._threads))
+        self._notifier.close()
+        for failure in self._filesystem.release_all():
+            log.error("an image left open could not be closed: %s", failure)
+        self._device.close()
+
+    # One request, one reply
+
+    def _answer(self, device: Device, work: Work, data: bytes) -> None:
+        try:
+            header = requests.parse_header(data)
+        except MalformedRequest as error:
+            log.error("unreadable request: %s", error)
+            if len(data) >= requests.HEADER_SIZE:
+                device.refuse(abi.fuse_in_header.unpack_from(data)[2], errno.EIO)
+            return
+        route = self._routes.get(header.opcode)
+        if route is None:
+            if header.opcode not in SILENT:
+                device.refuse(header.unique, errno.ENOSYS)
+            return
+        self._context.begin(work, header)
+        try:
+            body, code = route.handle(header, route.parse(data)), 0
+        except Exception as error:  # noqa: BLE001 - whatever happens, the request gets its reply
+            body, code = b"", _errno_of(error, header)
+        finally:
+            self._context.end(work)
+        if not route.replies:
+            return
+        try:
+            if code:
+                device.refuse(header.unique, code)
+            else:
+                device.reply(header.unique, body)
+        except OSError as error:
+            # The kernel has ended the request with EIO itself (fuse_dev_do_write in fs/fuse/dev.c).
+            log.error("the kernel did not take the reply to %s: %s", OPCODES[header.opcode].name, error)
+
+    def _make_routes(self) -> dict[int, Route]:
+        ours: dict[str, Callable[[Header, Any], Payload]] = {
+            "interrupt": self._interrupt,
+            "destroy": self._destroy,
+        }
+        return {
+            number: Route(
+                opcode.parse,
+                ours.get(opcode.name) or getattr(self._filesystem, opcode.name),
+                opcode.replies,
+            )
+            for number, opcode in OPCODES.items()
+        }
+
+    def _interrupt(self, _header: Header, request: requests.InterruptIn) -> Payload:
+        self._context.interrupt(request.unique)
+        return b""
+
+    def _destroy(self, _header: Header, _request: requests.Nothing) -> Payload:
+        return b""
+
+    # The handshake and passthrough
+
+    def _handshake(self) -> Agreed:
+        wants = Wants(passthrough=self._wants_passthrough and _may_register_backing_files())
+        while (data := self._device.read()) is not None:
+            header = requests.parse_header(data)
+            if header.opcode != abi.FUSE_INIT:
+                self._device.refuse(header.unique, errno.EIO)
+                continue
+            offer = requests.parse_init(data)
+            try:
+                agreed = negotiation.negotiate(offer, wants)
+            except UnsupportedProtocol:
+                self._device.refuse(header.unique, errno.EPROTO)
+                raise
+            self._device.reply(header.unique, negotiation.init_out(agreed))
+            if offer.major == agreed.major:
+                if self._wants_passthrough and not agreed.passthrough:
+                    log.warning(
+                        "no passthrough: %s",
+                        "the kernel has none" if wants.passthrough else "it takes CAP_SYS_ADMIN",
+                    )
+                return agreed
+        raise MountError(f"{self.mountpoint} was unmounted at once")
+
+    def _register(self, fd: int) -> int:
+        if not self.passthrough:
+            return 0
+        try:
+            return self._device.open_backing(fd)
+        except OSError as error:
+            if error.errno in _NEVER_ON_THIS_MOUNT:
+                self.passthrough = False
+                log.warning("no passthrough any more: %s", error.strerror)
+            else:
+                log.info("an image is read without passthrough: %s", error.strerror)
+            return 0
+
+    def _unregister(self, backing_id: int) -> None:
+        try:
+            self._device.close_backing(backing_id)
+        except OSError as error:
+            log.warning("backing id %d can't be given back: %s", backing_id, error)
+
+
+def _errno_of(error: Exception, header: Header) -> int:
+    """The errno a request fails with; what nobody foresaw is logged and becomes EIO."""
+    name = OPCODES[header.opcode].name
+    if isinstance(error, MalformedRequest):
+        log.error("malformed %s: %s", name, error)
+        return errno.EIO
+    # The kernel takes errnos up to 511 only.
+    if isinstance(error, OSError) and error.errno and 0 < error.errno < 512:
+        return error.errno
+    log.error("%s of inode %d failed", name, header.nodeid, exc_info=error)
+    return errno.EIO
+
+
+def _may_register_backing_files() -> bool:
+    """Whether this process has CAP_SYS_ADMIN (capabilities(7)), which the kernel asks of passthrough."""
+    for line in Path("/proc/self/status").read_text("ascii", "replace").splitlines():
+        if line.startswith("CapEff:"):
+            return bool(int(line.split()[1], 16) >> _CAP_SYS_ADMIN & 1)
+    return False
