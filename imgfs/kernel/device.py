@@ -69,9 +69,9 @@ class Device:
     def open_backing(self, fd: int) -> int:
         """Register a file for passthrough and give its backing id (> 0); raises OSError."""
         # Only a mutable buffer makes fcntl.ioctl() give back the integer result.
-        return fcntl.ioctl(
-            self.fd, abi.FUSE_DEV_IOC_BACKING_OPEN, bytearray(abi.fuse_backing_map.pack(fd, 0))
-        )
+        backing_map = bytearray(abi.fuse_backing_map.pack(fd, 0))
+        backing_id: int = fcntl.ioctl(self.fd, abi.FUSE_DEV_IOC_BACKING_OPEN, backing_map)
+        return backing_id
 
     def close_backing(self, backing_id: int) -> None:
         fcntl.ioctl(self.fd, abi.FUSE_DEV_IOC_BACKING_CLOSE, abi.fuse_backing_id.pack(backing_id))

@@ -170,10 +170,9 @@ def _mount_with_fusermount(mountpoint: Path, options: MountOptions) -> int:
 
 
 def _run(command: list[str], failure: str, pass_fd: int | None = None) -> None:
-    environment, fds = dict(os.environ), ()
+    environment, fds = dict(os.environ), [] if pass_fd is None else [pass_fd]
     if pass_fd is not None:
         environment["_FUSE_COMMFD"] = str(pass_fd)
-        fds = (pass_fd,)
     try:
         done = subprocess.run(
             command, env=environment, pass_fds=fds, capture_output=True, text=True, check=False

@@ -262,11 +262,11 @@ def parse_batch_forget(data: bytes) -> BatchForgetIn:
 
 
 def parse_mknod(data: bytes) -> MknodIn:
-    return MknodIn(*_unpack(abi.fuse_mknod_in, data), _name_after(abi.fuse_mknod_in, data))
+    return MknodIn._make((*_unpack(abi.fuse_mknod_in, data), _name_after(abi.fuse_mknod_in, data)))
 
 
 def parse_mkdir(data: bytes) -> MkdirIn:
-    return MkdirIn(*_unpack(abi.fuse_mkdir_in, data), _name_after(abi.fuse_mkdir_in, data))
+    return MkdirIn._make((*_unpack(abi.fuse_mkdir_in, data), _name_after(abi.fuse_mkdir_in, data)))
 
 
 def parse_symlink(data: bytes) -> SymlinkIn:
@@ -274,7 +274,7 @@ def parse_symlink(data: bytes) -> SymlinkIn:
 
 
 def parse_link(data: bytes) -> LinkIn:
-    return LinkIn(*_unpack(abi.fuse_link_in, data), _name_after(abi.fuse_link_in, data))
+    return LinkIn._make((*_unpack(abi.fuse_link_in, data), _name_after(abi.fuse_link_in, data)))
 
 
 def parse_rename(data: bytes) -> RenameIn:
@@ -288,7 +288,7 @@ def parse_rename2(data: bytes) -> RenameIn:
 
 
 def parse_create(data: bytes) -> CreateIn:
-    return CreateIn(*_unpack(abi.fuse_create_in, data), _name_after(abi.fuse_create_in, data))
+    return CreateIn._make((*_unpack(abi.fuse_create_in, data), _name_after(abi.fuse_create_in, data)))
 
 
 def parse_write(data: bytes) -> WriteIn:
@@ -296,7 +296,7 @@ def parse_write(data: bytes) -> WriteIn:
     payload = memoryview(data)[HEADER_SIZE + abi.fuse_write_in.size :]
     if len(payload) != fields[2]:
         raise MalformedRequest(f"write of {fields[2]} bytes came with {len(payload)}")
-    return WriteIn(*fields, payload)
+    return WriteIn._make((*fields, payload))
 
 
 def parse_setxattr(data: bytes) -> SetxattrIn:
@@ -309,7 +309,7 @@ def parse_setxattr(data: bytes) -> SetxattrIn:
 
 
 def parse_getxattr(data: bytes) -> GetxattrIn:
-    return GetxattrIn(*_unpack(abi.fuse_getxattr_in, data), _name_after(abi.fuse_getxattr_in, data))
+    return GetxattrIn._make((*_unpack(abi.fuse_getxattr_in, data), _name_after(abi.fuse_getxattr_in, data)))
 
 
 def _fixed(layout: struct.Struct, kind: type[T]) -> Callable[[bytes], T]:

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 # Threads that wait for a request while others work: fewer starve, more only take turns.
 MIN_SPARE_THREADS = 1
-MAX_SPARE_THREADS = 3
+MAX_SPARE_THREADS = 16
 MAX_THREADS = 256
 END_WAIT_S = 10.0
 _CAP_SYS_ADMIN = 21
