@@ -33,7 +33,7 @@ _CHANGE_WAIT_S = 1.0
 _ATTEMPTS = 5
 _MAX_COPY = 0xFFFFF000  # the reply to COPY_FILE_RANGE has 32 bits
 _NS = 1_000_000_000
-_ACLS = frozenset({b"system.posix_acl_access", b"system.posix_acl_default"})
+_NOT_OURS = (b"security.", b"system.")
 T = TypeVar("T")
 
 
@@ -251,16 +251,13 @@ class Filesystem:
     # Extended attributes
 
     def getxattr(self, header: Header, request: requests.GetxattrIn) -> Payload:
-        if request.name in _ACLS:
-            # "No ACLs here", which ls(1) asks once and not for every name; see acl_get_file(3).
-            raise _error(errno.EOPNOTSUPP)
+        _check_namespace(request.name)
         path, fh = self._target(self._nodes.get(header.nodeid), None)
         value = self._call("getxattr", path, os.fsdecode(request.name), 0, fh)
         return _sized(value, request.size)
 
     def setxattr(self, header: Header, request: requests.SetxattrIn) -> Payload:
-        if request.name in _ACLS:
-            raise _error(errno.EOPNOTSUPP)
+        _check_namespace(request.name)
         path, fh = self._target(self._nodes.get(header.nodeid), None)
         self._call("setxattr", path, os.fsdecode(request.name), request.value, request.flags, 0, fh)
         return b""
@@ -440,6 +437,15 @@ class Filesystem:
         sure = self._nodes.steady(path) and (known is node or known is None)
         timeouts = self._timeouts if sure else replies.NEVER
         return replies.direntplus(node.nodeid, timeouts, attr, offset, entry.name)
+
+
+def _check_namespace(name: bytes) -> None:
+    """EOPNOTSUPP for ACLs, labels and capabilities (xattr(7)).
+
+    It is the answer after which ls(1) asks for them no more; with ENODATA it asks for every name.
+    """
+    if name.startswith(_NOT_OURS):
+        raise _error(errno.EOPNOTSUPP)
 
 
 def _error(code: int) -> OSError:

@@ -23,6 +23,7 @@ MS_RDONLY = 1 << 0
 MS_NOSUID = 1 << 1
 MS_NODEV = 1 << 2
 
+MNT_FORCE = 1 << 0
 MNT_DETACH = 1 << 1
 UMOUNT_NOFOLLOW = 1 << 3
 
@@ -114,12 +115,15 @@ def set_readahead(connection: int, size_bytes: int) -> bool:
     return True
 
 
-def abort(connection: int) -> bool:
-    """End a connection whatever is open on it (/sys/fs/fuse/connections/N/abort); False where that failed."""
+def abort(mountpoint: Path, connection: int | None) -> bool:
+    """End a connection whatever is open on it; False without the rights.
+
+    By /sys/fs/fuse/connections/N/abort, or where that is not mounted by umount2(2) with MNT_FORCE.
+    """
     try:
         Path(f"/sys/fs/fuse/connections/{connection}/abort").write_text("1", "ascii")
     except OSError:
-        return False
+        return not _libc.umount2(os.fsencode(mountpoint), MNT_FORCE) or ctypes.get_errno() == errno.EBUSY
     return True
 
 

@@ -124,8 +124,8 @@ class KernelSession:
 
     def abort(self) -> None:
         """End the connection at once; whoever has files open on it gets ENOTCONN."""
-        if self._connection is not None:
-            mount.abort(self._connection)
+        if not mount.abort(self.mountpoint, self._connection):
+            log.error("%s can't be aborted without the rights for it", self.mountpoint)
 
     # What the kernel may have cached
 
@@ -207,6 +207,16 @@ class KernelSession:
         for failure in self._filesystem.release_all():
             log.error("an image left open could not be closed: %s", failure)
         self._device.close()
+        self._leave_no_dead_mount()
+
+    def _leave_no_dead_mount(self) -> None:
+        """After an abort the mount point still shows a file system that answers ENOTCONN."""
+        number = mount.connection_number(self.mountpoint)
+        if number is not None and number == self._connection:
+            try:
+                mount.unmount(self.mountpoint, lazy=True)
+            except MountError as error:
+                log.warning("%s", error)
 
     # One request, one reply
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
+SYSTEM_PYTHON = "/usr/bin/python3"  # one that every user may run
 
 
 def wait_until(condition: Callable[[], Any], timeout_s: float = 10) -> None:
@@ -24,6 +25,11 @@ def wait_until(condition: Callable[[], Any], timeout_s: float = 10) -> None:
         time.sleep(0.005)
 
 
+def is_mounted(path: Path) -> bool:
+    """Whether something is mounted there, without asking it."""
+    return f" {path} fuse.imgfs " in Path("/proc/self/mounts").read_text()
+
+
 class Mount:
     """A mounted loopback: `path` is the mount, `backing` the directory behind it."""
 
@@ -31,7 +37,14 @@ class Mount:
         self.backing, self.path = backing, path
         self.expected_log: tuple[str, ...] = ("INFO",)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.kernel.server", str(backing), str(path), json.dumps(options)],
+            [
+                sys.executable if user is None else SYSTEM_PYTHON,
+                "-m",
+                "tests.kernel.server",
+                str(backing),
+                str(path),
+                json.dumps(options),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -62,7 +75,7 @@ class Mount:
 
     def end(self) -> dict[str, Any]:
         """Unmount if need be, and give the final state."""
-        if os.path.ismount(self.path):
+        if is_mounted(self.path):
             subprocess.run(["umount", self.path], check=True)
         out, log = self.process.communicate(timeout=20)
         assert self.process.returncode == 0, log
@@ -92,7 +105,7 @@ def mounted(tmp_path: Path) -> Iterator[Callable[..., Mount]]:
             if one.process.poll() is None:
                 state = one.end()
                 assert (state["handles"], state["open_files"], state["backing_ids"]) == (0, 0, [])
-            assert not os.path.ismount(one.path)
+            assert not is_mounted(one.path)
     finally:
         for one in mounts:
             with contextlib.suppress(OSError):
