@@ -329,9 +329,7 @@ class Filesystem:
                 raise _error(errno.ESTALE)
         return path, fh
 
-    def _steadily(
-        self, node: Node, fh: int | None, act: Callable[[str | None, int | None], T]
-    ) -> tuple[T, bool]:
+    def _steadily(self, node: Node, fh: int | None, act: Callable[[str | None, int | None], T]) -> tuple[T, bool]:
         """Do something by the name of a node, again if the name went to another image meanwhile.
 
         Gives the value, and whether it surely belongs to the node.

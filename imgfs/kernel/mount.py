@@ -178,9 +178,7 @@ def _run(command: list[str], failure: str, pass_fd: int | None = None) -> None:
     if pass_fd is not None:
         environment["_FUSE_COMMFD"] = str(pass_fd)
     try:
-        done = subprocess.run(
-            command, env=environment, pass_fds=fds, capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(command, env=environment, pass_fds=fds, capture_output=True, text=True, check=False)
     except OSError as error:
         raise MountError(f"{failure}: {command[0]}: {error.strerror}") from None
     if done.returncode:

@@ -107,16 +107,12 @@ def direntplus(nodeid: int, timeouts: Timeouts, attr: Attributes, offset: int, n
     """struct fuse_direntplus: the directory entry with what a lookup of it would say."""
     fields = attr_fields(attr, nodeid)
     kind = fields[9] >> 12 & 0xF
-    return _padded(
-        abi.fuse_direntplus.pack(nodeid, 0, *timeouts, *fields, fields[0], offset, len(name), kind) + name
-    )
+    return _padded(abi.fuse_direntplus.pack(nodeid, 0, *timeouts, *fields, fields[0], offset, len(name), kind) + name)
 
 
 def bare_direntplus(ino: int, offset: int, mode: int, name: bytes) -> bytes:
     """struct fuse_direntplus without a lookup: `.`, `..`, and names whose attributes can't be had."""
-    return _padded(
-        abi.fuse_direntplus.pack(*(0,) * 6, *(0,) * 16, ino, offset, len(name), mode >> 12 & 0xF) + name
-    )
+    return _padded(abi.fuse_direntplus.pack(*(0,) * 6, *(0,) * 16, ino, offset, len(name), mode >> 12 & 0xF) + name)
 
 
 def direntplus_size(name: bytes) -> int:
@@ -125,9 +121,7 @@ def direntplus_size(name: bytes) -> int:
 
 def inval_inode(nodeid: int, offset: int, length: int) -> bytes:
     """FUSE_NOTIFY_INVAL_INODE: forget attributes and, unless `offset` is negative, cached data."""
-    return _notification(
-        abi.FUSE_NOTIFY_INVAL_INODE, abi.fuse_notify_inval_inode_out.pack(nodeid, offset, length)
-    )
+    return _notification(abi.FUSE_NOTIFY_INVAL_INODE, abi.fuse_notify_inval_inode_out.pack(nodeid, offset, length))
 
 
 def inval_entry(parent: int, name: bytes) -> bytes:

@@ -3,9 +3,9 @@
 import contextlib
 import json
 import os
-import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -50,6 +50,7 @@ class Mount:
             stderr=subprocess.PIPE,
             text=True,
             cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": sysconfig.get_path("purelib")},
             user=user,
         )
         ready = self._line()
@@ -120,6 +121,3 @@ def image(mounted: Callable[..., Mount]) -> Mount:
     mount = mounted(entry_timeout=600, attr_timeout=600)
     (mount.backing / "image").write_bytes(os.urandom(1 << 20))
     return mount
-
-
-needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs a C compiler")

@@ -1,7 +1,8 @@
 """A loopback mount in a process of its own, driven by lines on its standard input.
 
-Commands: `state` prints counters as JSON; `backs 0|1` says whether images may be passed through; `block OP` makes that
-operation wait until `unblock`, or until the request is interrupted; `raise OP`; `call METHOD NAME`; `stop`; `abort`.
+Commands: `state` prints counters as JSON; `backs 0|1` says whether images may be passed through; `block OP` makes
+that operation wait until `unblock OP`, or until the request is interrupted; `fail OP`; `call METHOD NAME`; `stop`;
+`abort`.
 """
 
 import errno
@@ -18,15 +19,18 @@ from imgfs.kernel.device import Device
 from tests.kernel.loopback import Loopback
 
 
+def say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
 class Server:
     def __init__(self, backing: str, mountpoint: str, options: dict[str, Any]) -> None:
         self.context = RequestContext()
         self.operations = Loopback(Path(backing))
         self.operations.hooks["getxattr"] = self._getxattr
         mount_options = MountOptions(**options.pop("mount", {"allow_other": os.geteuid() == 0}))
-        self.session = KernelSession(
-            self.operations, mountpoint, mount_options, context=self.context, **options
-        )
+        self.session = KernelSession(self.operations, mountpoint, mount_options, context=self.context, **options)
         self.unblocked = threading.Event()
         self.interrupts = 0
 
@@ -83,7 +87,7 @@ class Server:
     def commands(self) -> None:
         for line in sys.stdin:
             command, _, argument = line.strip().partition(" ")
-            print(json.dumps(getattr(self, command)(argument)), flush=True)
+            say(json.dumps(getattr(self, command)(argument)))
 
 
 def no_backing(_device: Device, _fd: int) -> int:
@@ -98,8 +102,8 @@ def main() -> None:
     server = Server(backing, mountpoint, options)
     server.session.mount()
     threading.Thread(target=server.commands, daemon=True).start()
-    server.session.run(lambda: print("ready", flush=True))
-    print(json.dumps(server.state("")), flush=True)
+    server.session.run(lambda: say("ready"))
+    say(json.dumps(server.state("")))
 
 
 if __name__ == "__main__":

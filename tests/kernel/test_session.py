@@ -1,0 +1,167 @@
+"""One request, one reply: the session over a device that only writes down what it is told."""
+
+import errno
+import os
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imgfs.kernel import KernelSession, RequestContext, abi
+from imgfs.kernel.context import Work
+from imgfs.kernel.opcodes import OPCODES, SILENT
+
+NUMBERS = ("ino", "mode", "nlink", "uid", "gid", "size", "blocks", "blksize", "atime", "mtime", "ctime")
+ATTR = {f"st_{name}": 1 for name in NUMBERS}
+
+
+class Recorder:
+    """In place of a `Device`."""
+
+    def __init__(self) -> None:
+        self.replies: list[tuple[int, Any]] = []
+
+    def reply(self, unique: int, payload: Any) -> None:
+        self.replies.append((unique, bytes(payload)))
+
+    def refuse(self, unique: int, code: int) -> None:
+        self.replies.append((unique, code))
+
+    open_backing = refuse
+
+
+def operations(op: str, *_args: Any) -> Any:
+    """Operations that do little, some of it wrong."""
+    answers: dict[str, Any] = {"getattr": ATTR, "open": 3, "create": 4, "read": b"data", "readdir": [".", "..", "a"]}
+    if op == "unlink":
+        raise FileNotFoundError(errno.ENOENT, "no such image")
+    if op == "statfs":
+        raise ValueError("a bug")
+    if op == "lseek":
+        raise OSError("without an errno")
+    return answers.get(op)
+
+
+class Talk:
+    """A session, without a mount, that is handed bytes."""
+
+    def __init__(self) -> None:
+        self.context = RequestContext()
+        self.session = KernelSession(operations, "/", context=self.context)
+        self.device = Recorder()
+        self.work: Work = self.context.enter_thread()
+
+    def raw(self, data: bytes) -> list[tuple[int, Any]]:
+        self.device.replies.clear()
+        self.session._answer(self.device, self.work, data)  # type: ignore[arg-type]
+        return self.device.replies
+
+    def say(self, opcode: int, body: bytes = b"", nodeid: int = 1, unique: int = 8) -> Any:
+        header = abi.fuse_in_header.pack(40 + len(body), opcode, unique, nodeid, 5, 6, 7, 0, 0)
+        replies = self.raw(header + body)
+        assert len(replies) <= 1
+        assert not replies or replies[0][0] == unique
+        return replies[0][1] if replies else None
+
+
+@given(st.integers(0, 60) | st.integers(0, 2**32 - 1), st.binary(max_size=120), st.integers(0, 3))
+def test_every_request_gets_exactly_one_reply(opcode: int, body: bytes, nodeid: int) -> None:
+    answer = Talk().say(opcode, body, nodeid)
+    silent = opcode in SILENT
+    assert (answer is None) == silent
+
+
+def test_unknown_opcodes_get_enosys() -> None:
+    talk = Talk()
+    for opcode in set(range(1, 80)) - OPCODES.keys() - SILENT:
+        assert talk.say(opcode, bytes(100)) == errno.ENOSYS
+
+
+def test_malformed_requests_get_eio(caplog: pytest.LogCaptureFixture) -> None:
+    assert Talk().say(abi.FUSE_LOOKUP, b"no end") == errno.EIO
+    assert "malformed lookup" in caplog.text
+
+
+def test_a_wrong_length_gets_eio_and_half_a_header_nothing() -> None:
+    talk = Talk()
+    assert talk.raw(abi.fuse_in_header.pack(99, 1, 8, 1, 0, 0, 0, 0, 0)) == [(8, errno.EIO)]
+    assert talk.raw(b"\0" * 10) == []
+
+
+def test_errors_become_errnos(caplog: pytest.LogCaptureFixture) -> None:
+    talk = Talk()
+    assert talk.say(abi.FUSE_UNLINK, b"a\0") == errno.ENOENT
+    assert not caplog.records
+    assert talk.say(abi.FUSE_STATFS) == errno.EIO
+    assert "a bug" in caplog.text
+    talk.say(abi.FUSE_LOOKUP, b"a\0")
+    assert talk.say(abi.FUSE_LSEEK, abi.fuse_lseek_in.pack(3, 0, 0), nodeid=2) == errno.EIO
+
+
+def test_unknown_inodes_are_stale() -> None:
+    assert Talk().say(abi.FUSE_GETATTR, bytes(16), nodeid=77) == errno.ESTALE
+
+
+def test_lookup_counts_until_forgotten() -> None:
+    talk = Talk()
+    entry = talk.say(abi.FUSE_LOOKUP, b"a\0")
+    assert entry[:8] == (2).to_bytes(8, "little")
+    assert talk.say(abi.FUSE_FORGET, (1).to_bytes(8, "little"), nodeid=2) is None
+    assert talk.say(abi.FUSE_GETATTR, bytes(16), nodeid=2) == errno.ESTALE
+
+
+def test_reading_the_directory_goes_on_where_it_stopped() -> None:
+    talk = Talk()
+    (fh,) = talk.say(abi.FUSE_OPENDIR, bytes(8))[:1]
+    names, offset = [], 0
+    while data := talk.say(abi.FUSE_READDIR, abi.fuse_read_in.pack(fh, offset, 32, 0, 0, 0)):
+        _ino, offset, length, _kind = abi.fuse_dirent.unpack_from(data)
+        names.append(data[24 : 24 + length])
+    assert names == [b".", b"..", b"a"]
+
+
+def test_attribute_values_obey_the_callers_size() -> None:
+    talk = Talk()
+    talk.session._filesystem._call = lambda op, *_args: b"12345"
+    name = b"user.x\0"
+    assert talk.say(abi.FUSE_GETXATTR, abi.fuse_getxattr_in.pack(0) + name) == abi.fuse_getxattr_out.pack(5)
+    assert talk.say(abi.FUSE_GETXATTR, abi.fuse_getxattr_in.pack(4) + name) == errno.ERANGE
+    assert talk.say(abi.FUSE_GETXATTR, abi.fuse_getxattr_in.pack(5) + name) == b"12345"
+
+
+def test_operations_see_caller_and_interrupt_of_their_own_request() -> None:
+    talk = Talk()
+    seen: list[Any] = []
+
+    def statfs(_op: str, *_args: Any) -> Any:
+        seen.append((talk.context.caller(), talk.context.interrupted()))
+        talk.context.interrupt(8)
+        seen.append(talk.context.interrupted())
+        raise InterruptedError(errno.EINTR, "interrupted")
+
+    talk.session._filesystem._call = statfs
+    assert talk.say(abi.FUSE_STATFS) == errno.EINTR
+    assert seen == [((5, 6, 7), False), True]
+    assert talk.say(abi.FUSE_STATFS, unique=10) == errno.EINTR
+    assert seen[2] == ((5, 6, 7), False)
+
+
+def test_an_interrupt_may_overtake_its_request() -> None:
+    talk = Talk()
+    seen: list[bool] = []
+
+    def statfs(_op: str, *_args: Any) -> Any:
+        seen.append(talk.context.interrupted())
+        raise InterruptedError(errno.EINTR, "interrupted")
+
+    talk.session._filesystem._call = statfs
+    talk.say(abi.FUSE_INTERRUPT, (8).to_bytes(8, "little"), unique=9)
+    talk.say(abi.FUSE_STATFS, unique=8)
+    talk.say(abi.FUSE_STATFS, unique=10)
+    assert seen == [True, False]
+
+
+def test_outside_a_request_the_caller_is_this_process() -> None:
+    assert RequestContext().caller() == (os.geteuid(), os.getegid(), os.getpid())
+    assert not RequestContext().interrupted()
