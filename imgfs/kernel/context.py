@@ -46,17 +46,17 @@ class RequestContext:
         work: Work | None = getattr(self._local, "work", None)
         return work is not None and (self._ended or work.interrupted_unique == work.header.unique)
 
-    def enter_thread(self) -> Work:
-        """Make the calling thread one that works on requests."""
-        work = self._local.work = Work()
-        return work
-
-    def begin(self, work: Work, header: Header) -> None:
+    def begin(self, header: Header) -> Work:
+        """The calling thread works on this request until `end`."""
+        work: Work | None = getattr(self._local, "work", None)
+        if work is None:
+            work = self._local.work = Work()
         work.header = header
         self._running[header.unique] = work
         if self._early and header.unique in self._early:
             del self._early[header.unique]
             work.interrupted_unique = header.unique
+        return work
 
     def end(self, work: Work) -> None:
         self._running.pop(work.header.unique, None)

@@ -10,6 +10,7 @@ operations work.
 import errno
 import os
 import stat
+import sys
 import threading
 from collections.abc import Callable
 from itertools import count
@@ -28,6 +29,8 @@ RENAME_EXCHANGE = 1 << 1
 UTIME_NOW = 0x3FFFFFFF
 UTIME_OMIT = 0x3FFFFFFE
 
+# What os.fsdecode() uses.
+_ENCODING, _ERRORS = sys.getfilesystemencoding(), sys.getfilesystemencodeerrors()
 _RELEASE_WAIT_S = 0.02
 _CHANGE_WAIT_S = 1.0
 _ATTEMPTS = 5
@@ -318,7 +321,7 @@ class Filesystem:
     def _child(self, header: Header, name: bytes) -> str:
         if header.nodeid != abi.FUSE_ROOT_ID:
             raise _error(errno.ENOTDIR)
-        return ROOT_PATH + os.fsdecode(name)
+        return ROOT_PATH + name.decode(_ENCODING, _ERRORS)
 
     def _target(self, node: Node, fh: int | None) -> tuple[str | None, int | None]:
         """Path and handle to name an inode by: one of them is there, else ESTALE."""
@@ -425,7 +428,7 @@ class Filesystem:
     def _direntplus(self, entry: Entry, offset: int) -> bytes:
         if entry.name in (b".", b".."):
             return replies.bare_direntplus(entry.ino, offset, entry.mode, entry.name)
-        path = ROOT_PATH + os.fsdecode(entry.name)
+        path = ROOT_PATH + entry.name.decode(_ENCODING, _ERRORS)
         known = self._nodes.find(path)
         try:
             attr = self._call("getattr", path, None)

@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeVar
 from imgfs.kernel import abi
 
 HEADER_SIZE = abi.fuse_in_header.size
+_new = tuple.__new__  # what NamedTuple's own constructor does, without a Python call for each request
 T = TypeVar("T", bound=NamedTuple)
 
 
@@ -230,7 +231,7 @@ def parse_header(data: bytes) -> Header:
     """The header of a request read from the device; its length must be that of the data."""
     if len(data) < HEADER_SIZE:
         raise MalformedRequest(f"{len(data)} bytes are no request")
-    header = Header._make(abi.fuse_in_header.unpack_from(data))
+    header = _new(Header, abi.fuse_in_header.unpack_from(data))
     if header.len != len(data):
         raise MalformedRequest(f"request of {len(data)} bytes says it has {header.len}")
     return header
@@ -249,7 +250,9 @@ def parse_init(data: bytes) -> InitIn:
 
 
 def parse_name(data: bytes) -> Name:
-    return Name(_names(data, HEADER_SIZE, 1)[0])
+    if data.find(b"\0", HEADER_SIZE) != len(data) - 1 or len(data) < HEADER_SIZE + 2:
+        raise MalformedRequest(f"{data[HEADER_SIZE:]!r} is no name")
+    return Name(data[HEADER_SIZE:-1])
 
 
 def parse_batch_forget(data: bytes) -> BatchForgetIn:
@@ -317,7 +320,7 @@ def _fixed(layout: struct.Struct, kind: type[T]) -> Callable[[bytes], T]:
 
     def parse(data: bytes) -> T:
         try:
-            return kind._make(layout.unpack_from(data, HEADER_SIZE))
+            return _new(kind, layout.unpack_from(data, HEADER_SIZE))
         except struct.error as error:
             raise MalformedRequest(str(error)) from None
 

@@ -8,14 +8,13 @@ exactly one reply. What a request means is filesystem.py's. `mount` and `run` be
 import errno
 import logging
 import os
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from imgfs.errors import MountError
 from imgfs.kernel import abi, mount, negotiation, replies, requests
-from imgfs.kernel.context import RequestContext, Work
+from imgfs.kernel.context import RequestContext
 from imgfs.kernel.device import Device, Payload
 from imgfs.kernel.filesystem import Filesystem
 from imgfs.kernel.handles import Handles
@@ -25,15 +24,12 @@ from imgfs.kernel.nodes import ROOT_PATH, Nodes
 from imgfs.kernel.notifier import Notifier
 from imgfs.kernel.opcodes import OPCODES, SILENT
 from imgfs.kernel.operations import Operations
+from imgfs.kernel.readers import Readers
 from imgfs.kernel.replies import Timeouts
 from imgfs.kernel.requests import Header, MalformedRequest
 
 log = logging.getLogger(__name__)
 
-# Threads that wait for a request while others work: fewer starve, more only take turns.
-MIN_SPARE_THREADS = 1
-MAX_SPARE_THREADS = 16
-MAX_THREADS = 256
 END_WAIT_S = 10.0
 _CAP_SYS_ADMIN = 21
 _NEVER_ON_THIS_MOUNT = frozenset({errno.EPERM, errno.ENOTTY, errno.EOPNOTSUPP, errno.ENOSYS})
@@ -79,10 +75,6 @@ class KernelSession:
         )
         self._routes = self._make_routes()
         self._connection: int | None = None
-        self._idle: set[Device] = set()
-        self._changed = threading.Condition()  # guards _threads and _ended
-        self._threads: set[threading.Thread] = set()
-        self._ended = False
 
     # The life of the mount
 
@@ -101,17 +93,12 @@ class KernelSession:
         if self._connection is not None:
             mount.set_readahead(self._connection, agreed.max_write)
         self._notifier = Notifier(self._device)
+        self._readers = Readers(self._device, self._answer)
 
     def run(self, ready: Callable[[], None] = lambda: None) -> None:
         """Answer requests until the mount is gone, then release what was left open."""
         self._notifier.start()
-        self._start_thread(self._device)
-        for _ in range(MIN_SPARE_THREADS):
-            self._start_thread(self._device.clone())
-        ready()
-        with self._changed:
-            self._changed.wait_for(lambda: self._ended)
-            self._changed.wait_for(lambda: not self._threads, END_WAIT_S)
+        self._readers.run(ready, self._context.end_all, END_WAIT_S)
         self._finish()
 
     def stop(self) -> None:
@@ -151,58 +138,9 @@ class KernelSession:
         """The listing, or the attributes of the directory itself, changed otherwise than by a request."""
         self._notifier.send(replies.inval_inode(abi.FUSE_ROOT_ID, 0, 0))
 
-    # Reader threads
-
-    def _start_thread(self, device: Device) -> None:
-        thread = threading.Thread(target=self._work, args=(device,), name="fuse-reader", daemon=True)
-        with self._changed:
-            self._threads.add(thread)
-        self._idle.add(device)
-        thread.start()
-
-    def _work(self, device: Device) -> None:
-        """Answer requests from one descriptor until the connection ends or enough others wait."""
-        work = self._context.enter_thread()
-        try:
-            while (data := self._next(device)) is not None:
-                self._answer(device, work, data)
-                if len(self._idle) >= MAX_SPARE_THREADS and device is not self._device:
-                    break
-            else:
-                self._end()
-        finally:
-            self._idle.discard(device)
-            if device is not self._device:
-                device.close()
-            with self._changed:
-                self._threads.discard(threading.current_thread())
-                self._changed.notify_all()
-
-    def _next(self, device: Device) -> bytes | None:
-        self._idle.add(device)
-        data = device.read()
-        self._idle.discard(device)
-        if len(self._idle) < MIN_SPARE_THREADS and data is not None:
-            self._grow()
-        return data
-
-    def _grow(self) -> None:
-        if len(self._threads) >= MAX_THREADS:
-            return
-        try:
-            self._start_thread(self._device.clone())
-        except (OSError, RuntimeError) as error:
-            log.warning("no further thread for requests: %s", error)
-
-    def _end(self) -> None:
-        with self._changed:
-            self._ended = True
-            self._changed.notify_all()
-        self._context.end_all()
-
     def _finish(self) -> None:
-        if self._threads:
-            log.warning("%d requests were still being worked on when the mount went", len(self._threads))
+        if len(self._readers):
+            log.warning("%d requests were still being worked on when the mount went", len(self._readers))
         self._notifier.close()
         for failure in self._filesystem.release_all():
             log.error("an image left open could not be closed: %s", failure)
@@ -220,7 +158,7 @@ class KernelSession:
 
     # One request, one reply
 
-    def _answer(self, device: Device, work: Work, data: bytes) -> None:
+    def _answer(self, device: Device, data: bytes) -> None:
         try:
             header = requests.parse_header(data)
         except MalformedRequest as error:
@@ -233,7 +171,7 @@ class KernelSession:
             if header.opcode not in SILENT:
                 device.refuse(header.unique, errno.ENOSYS)
             return
-        self._context.begin(work, header)
+        work = self._context.begin(header)
         try:
             body, code = route.handle(header, route.parse(data)), 0
         except Exception as error:  # noqa: BLE001 - whatever happens, the request gets its reply

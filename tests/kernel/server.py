@@ -46,7 +46,7 @@ class Server:
             "backing_ids": self.session._handles.backing_ids,
             "open_files": len(self.operations.open_files),
             "fds": len(list(Path("/proc/self/fd").iterdir())),
-            "threads": len(self.session._threads),
+            "threads": len(self.session._readers),
             "interrupts": self.interrupts,
         }
 

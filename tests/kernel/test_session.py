@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imgfs.kernel import KernelSession, RequestContext, abi
-from imgfs.kernel.context import Work
 from imgfs.kernel.opcodes import OPCODES, SILENT
 
 NUMBERS = ("ino", "mode", "nlink", "uid", "gid", "size", "blocks", "blksize", "atime", "mtime", "ctime")
@@ -50,11 +49,10 @@ class Talk:
         self.context = RequestContext()
         self.session = KernelSession(operations, "/", context=self.context)
         self.device = Recorder()
-        self.work: Work = self.context.enter_thread()
 
     def raw(self, data: bytes) -> list[tuple[int, Any]]:
         self.device.replies.clear()
-        self.session._answer(self.device, self.work, data)  # type: ignore[arg-type]
+        self.session._answer(self.device, data)  # type: ignore[arg-type]
         return self.device.replies
 
     def say(self, opcode: int, body: bytes = b"", nodeid: int = 1, unique: int = 8) -> Any:

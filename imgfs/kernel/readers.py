@@ -1,0 +1,160 @@
+"""The threads that read requests: one at a time waits on the descriptor, the others wait for its place.
+
+A thread that reads a request which may take long gives its place up before it answers; one that is quick is answered
+on the spot and the thread reads on, which spares a wake-up for each request. Should a quick request hang all the
+same, a watchdog gives the place away after `PATIENCE_S`. Threads are made when no other is left to take the place,
+up to `MAX_THREADS`, and go when more than `MAX_WAITING` wait. Each reads a descriptor of its own and answers there.
+
+`_changed` guards the set of threads. That the place is given away twice, in a race with the watchdog, does no harm:
+two threads read then, until one of them finds that the place is no longer its own.
+"""
+
+import logging
+import threading
+from collections.abc import Callable
+
+from imgfs.kernel import abi
+from imgfs.kernel.device import Device
+
+log = logging.getLogger(__name__)
+
+MAX_THREADS = 256
+MAX_WAITING = 8
+PATIENCE_S = 0.005
+# Requests that move data, or wait for a disk or a digest.
+LONG = frozenset(
+    {
+        abi.FUSE_READ,
+        abi.FUSE_WRITE,
+        abi.FUSE_FSYNC,
+        abi.FUSE_FSYNCDIR,
+        abi.FUSE_GETXATTR,
+        abi.FUSE_SETXATTR,
+        abi.FUSE_FALLOCATE,
+        abi.FUSE_COPY_FILE_RANGE,
+        abi.FUSE_COPY_FILE_RANGE_64,
+    }
+)
+
+Answer = Callable[[Device, bytes], None]
+
+
+class Readers:
+    """The threads of one connection; `answer` is called with each request, on whichever thread read it."""
+
+    def __init__(self, device: Device, answer: Answer) -> None:
+        self._device = device
+        self._answer = answer
+        self._place = threading.Lock()
+        self._holder: Device | None = None
+        self._waiting: set[Device] = set()
+        self._changed = threading.Condition()
+        self._threads: set[threading.Thread] = set()
+        self._ended = threading.Event()
+        self._busy: Device | None = None  # the holder of the place, while it answers
+        self._requests = 0
+        self._active = threading.Event()
+
+    def __len__(self) -> int:
+        return len(self._threads)
+
+    def run(self, ready: Callable[[], None], on_end: Callable[[], None], end_wait_s: float) -> None:
+        """Serve until the connection ends; call `on_end`, and give answers under way `end_wait_s` to finish."""
+        watchdog = threading.Thread(target=self._watch, name="fuse-watchdog", daemon=True)
+        watchdog.start()
+        self._start(self._device)
+        ready()
+        self._ended.wait()
+        on_end()
+        self._active.set()
+        watchdog.join()
+        with self._changed:
+            self._changed.wait_for(lambda: not self._threads, end_wait_s)
+
+    def _start(self, device: Device) -> None:
+        thread = threading.Thread(target=self._serve, args=(device,), name="fuse-reader", daemon=True)
+        with self._changed:
+            self._threads.add(thread)
+        self._waiting.add(device)
+        thread.start()
+
+    def _serve(self, device: Device) -> None:
+        """Wait for the place, read until it is gone, and again."""
+        try:
+            while self._take_place(device):
+                self._read(device)
+                if len(self._waiting) >= MAX_WAITING and device is not self._device:
+                    break
+        finally:
+            if device is not self._device:
+                device.close()
+            with self._changed:
+                self._threads.discard(threading.current_thread())
+                self._changed.notify_all()
+
+    def _take_place(self, device: Device) -> bool:
+        self._waiting.add(device)
+        self._place.acquire()
+        self._waiting.discard(device)
+        if self._ended.is_set():
+            self._place.release()
+            return False
+        self._holder = device
+        return True
+
+    def _read(self, device: Device) -> None:
+        """Read and answer as long as the place is ours."""
+        while self._holder is device:
+            data = device.read()
+            if data is None:
+                self._ended.set()
+                self._give_place_away(device)
+            elif int.from_bytes(data[4:8], "little") in LONG:
+                self._give_place_away(device)
+                self._answer(device, data)
+            else:
+                self._answer_at_once(device, data)
+
+    def _answer_at_once(self, device: Device, data: bytes) -> None:
+        self._requests += 1
+        if self._holder is device:
+            self._busy = device
+        if not self._active.is_set():
+            self._active.set()
+        self._answer(device, data)
+        if self._busy is device:
+            self._busy = None
+
+    def _give_place_away(self, device: Device) -> None:
+        """Let another thread read, a new one if none waits."""
+        with self._changed:
+            if self._holder is not device:
+                return
+            self._holder = None
+        if not self._waiting and not self._ended.is_set():
+            self._grow()
+        self._place.release()
+
+    def _grow(self) -> None:
+        if len(self._threads) >= MAX_THREADS:
+            log.warning("all %d threads are busy; requests wait", MAX_THREADS)
+            return
+        try:
+            self._start(self._device.clone())
+        except (OSError, RuntimeError) as error:
+            log.warning("no further thread for requests: %s", error)
+
+    def _watch(self) -> None:
+        """While requests come, look now and then whether one hangs."""
+        while not self._ended.is_set():
+            self._active.wait()
+            holder, seen = self._holder, self._requests
+            if self._ended.wait(PATIENCE_S) or self._requests != seen:
+                continue
+            if holder is not None and self._busy is holder:
+                self._busy = None
+                self._give_place_away(holder)
+            else:
+                self._active.clear()
+                if self._busy:
+                    self._active.set()
