@@ -201,11 +201,7 @@ class Filesystem:
 
     def write(self, header: Header, request: requests.WriteIn) -> Payload:
         path = self._nodes.get(header.nodeid).path
-        handle = self._handles.get(request.fh)
-        handle.flushed = False
-        if request.write_flags & abi.FUSE_WRITE_KILL_SUIDGID and not handle.privileges_dropped:
-            self._drop_privileges(path, request.fh)
-            handle.privileges_dropped = True
+        self._modifying(path, request.fh, bool(request.write_flags & abi.FUSE_WRITE_KILL_SUIDGID))
         return abi.fuse_write_out.pack(self._call("write", path, request.data, request.offset, request.fh))
 
     def flush(self, header: Header, request: requests.FlushIn) -> Payload:
@@ -242,6 +238,7 @@ class Filesystem:
 
     def fallocate(self, header: Header, request: requests.FallocateIn) -> Payload:
         path = self._nodes.get(header.nodeid).path
+        self._modifying(path, request.fh, header.uid != 0)
         self._call("fallocate", path, request.mode, request.offset, request.length, request.fh)
         return b""
 
@@ -390,6 +387,14 @@ class Filesystem:
             self._call("release", path, fh)
             raise
 
+    def _modifying(self, path: str | None, fh: int, drops_privileges: bool) -> None:
+        """Before data changes through a handle; only WRITE is told whether the caller lacks CAP_FSETID."""
+        handle = self._handles.get(fh)
+        handle.flushed = False
+        if drops_privileges and not handle.privileges_dropped:
+            self._drop_privileges(path, fh)
+            handle.privileges_dropped = True
+
     def _drop_privileges(self, path: str | None, fh: int | None) -> None:
         """Take set-uid and, where the group may execute, set-gid away (FUSE_HANDLE_KILLPRIV_V2, inode(7))."""
         mode = self._call("getattr", path, fh)["st_mode"]
@@ -402,6 +407,7 @@ class Filesystem:
     def _copy(self, header: Header, request: requests.CopyFileRangeIn, length: int) -> int:
         source = self._nodes.get(header.nodeid).path
         target = self._nodes.get(request.nodeid_out).path
+        self._modifying(target, request.fh_out, header.uid != 0)
         copied: int = self._call(
             "copy_file_range",
             source,

@@ -96,7 +96,7 @@ def connection_number(mountpoint: Path) -> int | None:
 
     Read from /proc/self/mountinfo (proc(5)): asking the file system itself would take an answer from it.
     """
-    wanted = str(mountpoint).replace(" ", "\\040").replace("\t", "\\011").replace("\n", "\\012")
+    wanted = "".join(f"\\{ord(char):03o}" if char in " \t\n\\" else char for char in str(mountpoint))
     found = None
     with Path("/proc/self/mountinfo").open(encoding="utf-8", errors="surrogateescape") as lines:
         for line in lines:

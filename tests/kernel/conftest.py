@@ -27,7 +27,8 @@ def wait_until(condition: Callable[[], Any], timeout_s: float = 10) -> None:
 
 def is_mounted(path: Path) -> bool:
     """Whether something is mounted there, without asking it."""
-    return f" {path} fuse.imgfs " in Path("/proc/self/mounts").read_text()
+    escaped = str(path).replace("\\", "\\134").replace(" ", "\\040")
+    return f" {escaped} fuse.imgfs " in Path("/proc/self/mounts").read_text()
 
 
 class Mount:
@@ -77,8 +78,9 @@ class Mount:
     def end(self) -> dict[str, Any]:
         """Unmount if need be, and give the final state."""
         if is_mounted(self.path):
-            subprocess.run(["umount", self.path], check=True)
+            subprocess.run(["umount", self.path], check=False, capture_output=True)
         out, log = self.process.communicate(timeout=20)
+        assert not is_mounted(self.path)
         assert self.process.returncode == 0, log
         unexpected = [line for line in log.splitlines() if not any(w in line for w in self.expected_log)]
         assert not unexpected, log
@@ -91,8 +93,8 @@ def mounted(tmp_path: Path) -> Iterator[Callable[..., Mount]]:
     """A function that mounts a fresh loopback; options are those of `KernelSession`."""
     mounts: list[Mount] = []
 
-    def mount(user: int | None = None, **options: Any) -> Mount:
-        backing, path = tmp_path / f"backing{len(mounts)}", tmp_path / f"mount{len(mounts)}"
+    def mount(user: int | None = None, at: str = "mount", **options: Any) -> Mount:
+        backing, path = tmp_path / f"backing{len(mounts)}", tmp_path / f"{at}{len(mounts)}"
         for directory in (backing, path):
             directory.mkdir()
             if user is not None:

@@ -1,7 +1,8 @@
 """A loopback mount in a process of its own, driven by lines on its standard input.
 
 Commands: `state` prints counters as JSON; `backs 0|1` says whether images may be passed through; `block OP` makes
-that operation wait until `unblock OP`, or until the request is interrupted; `fail OP`; `call METHOD NAME`; `stop`;
+that operation wait until `unblock OP`, or until the request is interrupted; `fail OP`; `notify OP`; `call METHOD
+NAME`; `stop`;
 `abort`.
 """
 
@@ -67,6 +68,15 @@ class Server:
     def unblock(self, operation: str) -> None:
         self.operations.hooks.pop(operation, None)
         self.unblocked.set()
+
+    def notify(self, operation: str) -> None:
+        """Let the operation ask for every kind of notification about the name it works on."""
+
+        def send(path: str, *_args: Any) -> None:
+            self.session.name_added(path[1:])
+            self.session.invalidate(path[1:], data=True)
+
+        self.operations.hooks[operation] = send
 
     def fail(self, operation: str) -> None:
         def fail(*_args: Any) -> None:

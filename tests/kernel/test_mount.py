@@ -470,6 +470,41 @@ def test_requests_are_answered_while_many_others_wait(image: Mount) -> None:
         assert not thread.is_alive()
 
 
+def test_requests_are_answered_while_quick_ones_hang(image: Mount) -> None:
+    image.ask("block statfs")
+
+    def ask() -> None:
+        os.statvfs(image.path)
+
+    threads = [threading.Thread(target=ask) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: image.calls("statfs") == 5)
+    write_all(image.path / "other", b"served")
+    assert read_all(image.path / "other") == b"served"
+    image.ask("unblock statfs")
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_a_notification_asked_for_within_a_request_does_not_deadlock(mounted: Mounted) -> None:
+    mount = mounted(entry_timeout=600, attr_timeout=600)
+    mount.ask("notify create")
+    mount.ask("notify unlink")
+    for turn in range(20):
+        write_all(mount.path / f"image{turn}", b"x")
+        (mount.path / f"image{turn}").unlink()
+    assert os.listdir(mount.path) == []
+
+
+def test_mount_point_may_have_any_name(mounted: Mounted) -> None:
+    mount = mounted(at="odd \\ name")
+    write_all(mount.path / "image", b"x")
+    mount.ask("stop")
+    assert mount.end()["handles"] == 0
+
+
 def test_a_bug_in_the_operations_is_eio_and_the_mount_lives(image: Mount) -> None:
     image.expect("statfs", "Traceback", "  ", "RuntimeError")
     image.ask("fail statfs")
