@@ -88,16 +88,20 @@ class Server:
         method, name = argument.split()
         getattr(self.session, method)(name)
 
-    def stop(self, _argument: str) -> None:
+    def stop(self) -> None:
         self.session.stop()
 
-    def abort(self, _argument: str) -> None:
+    def abort(self) -> None:
         self.session.abort()
 
     def commands(self) -> None:
         for line in sys.stdin:
             command, _, argument = line.strip().partition(" ")
-            say(json.dumps(getattr(self, command)(argument)))
+            if command in ("stop", "abort"):
+                say("null")  # the answer comes before the final state, which this brings about
+                getattr(self, command)()
+            else:
+                say(json.dumps(getattr(self, command)(argument)))
 
 
 def no_backing(_device: Device, _fd: int) -> int:

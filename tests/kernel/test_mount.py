@@ -556,7 +556,7 @@ def test_abort_ends_requests_that_wait(image: Mount) -> None:
 def test_stop_while_an_image_is_open_ends_with_its_last_close(image: Mount) -> None:
     fd = os.open(image.path / "image", os.O_RDWR)
     image.ask("stop")
-    assert not is_mounted(image.path)
+    wait_until(lambda: not is_mounted(image.path))
     os.pwrite(fd, b"still", 0)
     os.close(fd)
     assert image.end()["open_files"] == 0
