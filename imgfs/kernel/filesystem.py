@@ -340,10 +340,10 @@ class Filesystem:
             try:
                 value = act(path, handle)
             except OSError:
-                if last or (node.path is path and self._nodes.steady(path)):
+                if last or self._is_still(node, path):
                     raise
             else:
-                if node.path is path and self._nodes.steady(path):
+                if self._is_still(node, path):
                     return value, True
             if not last:
                 self._nodes.wait_steady(path, _CHANGE_WAIT_S)
@@ -370,14 +370,33 @@ class Filesystem:
         reads = flags & os.O_ACCMODE == os.O_RDONLY
         if reads:
             self._handles.wait_for_closed(node.nodeid, _RELEASE_WAIT_S)
-        path = node.path
-        if path is None:
-            raise _error(errno.ESTALE)
-        fh = self._call("open", path, flags)
+        path, fh = self._open_steadily(node, flags)
         if open_flags & abi.FUSE_OPEN_KILL_SUIDGID:
             self._guarded(path, fh, lambda: self._drop_privileges(path, fh))
         backing_fd = self._guarded(path, fh, lambda: self._call("passthrough_fd", fh)) if reads else None
         return replies.open_out(fh, *self._handles.add(fh, node.nodeid, flags, backing_fd))
+
+    def _open_steadily(self, node: Node, flags: int) -> tuple[str, int]:
+        """Open by name, again if the name went to another image meanwhile; ESTALE for one without a name."""
+        for _ in range(_ATTEMPTS):
+            path = node.path
+            if path is None:
+                break
+            try:
+                fh: int = self._call("open", path, flags)
+            except OSError:
+                if self._is_still(node, path):
+                    raise
+            else:
+                if self._is_still(node, path):
+                    return path, fh
+                self._call("release", path, fh)
+            self._nodes.wait_steady(path, _CHANGE_WAIT_S)
+        raise _error(errno.ESTALE)
+
+    def _is_still(self, node: Node, path: str | None) -> bool:
+        """Whether the node has had this path all along."""
+        return node.path is path and self._nodes.steady(path)
 
     def _guarded(self, path: str, fh: int, act: Callable[[], T]) -> T:
         """Do something with a handle the kernel does not know yet; if it fails, the handle goes."""

@@ -188,6 +188,36 @@ def test_exchange_swaps_two_images_under_open_handles(mounted: Mounted) -> None:
     os.close(fd)
 
 
+def test_opens_never_get_another_images_bytes_while_names_are_exchanged(mounted: Mounted) -> None:
+    mount = mounted(entry_timeout=600, attr_timeout=600)
+    sizes = {b"a": 1000, b"b": 2000}
+    for name, size in sizes.items():
+        (mount.backing / name.decode()).write_bytes(name * size)
+    libc, paths = ctypes.CDLL(None), [os.fsencode(mount.path / name) for name in "ab"]
+    done = threading.Event()
+
+    def exchange() -> None:
+        while not done.is_set():
+            assert libc.renameat2(-100, paths[0], -100, paths[1], 2) == 0
+
+    def read(name: str) -> None:
+        for _ in range(150):
+            with (mount.path / name).open("rb", buffering=0) as file:
+                data = file.read(5000)
+                assert data == data[:1] * sizes[data[:1]]
+                assert os.fstat(file.fileno()).st_size == len(data)
+
+    thread = threading.Thread(target=exchange)
+    thread.start()
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for future in [pool.submit(read, name) for name in "abab"]:
+                future.result()
+    finally:
+        done.set()
+        thread.join()
+
+
 def test_noreplace_keeps_what_is_there(mounted: Mounted) -> None:
     mount = mounted()
     for name in "ab":
