@@ -163,3 +163,43 @@ def test_an_interrupt_may_overtake_its_request() -> None:
 def test_outside_a_request_the_caller_is_this_process() -> None:
     assert RequestContext().caller() == (os.geteuid(), os.getegid(), os.getpid())
     assert not RequestContext().interrupted()
+
+
+class Renaming:
+    """Operations of which the first `op` falls into a rename of /a to /b."""
+
+    def __init__(self, talk: Talk, op: str) -> None:
+        self.talk, self.op = talk, op
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __call__(self, op: str, *args: Any) -> Any:
+        self.calls.append((op, *args))
+        if op == self.op and len([call for call in self.calls if call[0] == op]) == 1:
+            self.talk.session._nodes.rename("/a", "/b")
+        return operations(op, *args)
+
+
+def test_an_open_that_a_rename_overtook_is_done_again_by_the_new_name() -> None:
+    talk = Talk()
+    talk.say(abi.FUSE_LOOKUP, b"a\0")
+    talk.session._filesystem._call = renaming = Renaming(talk, "open")
+    talk.say(abi.FUSE_OPEN, bytes(8), nodeid=2)
+    assert renaming.calls[:3] == [("open", "/a", 0), ("release", "/a", 3), ("open", "/b", 0)]
+    assert len(talk.session._handles) == 1
+
+
+def test_attributes_that_a_rename_overtook_are_asked_again_by_the_new_name() -> None:
+    talk = Talk()
+    talk.say(abi.FUSE_LOOKUP, b"a\0")
+    talk.session._filesystem._call = renaming = Renaming(talk, "getattr")
+    talk.say(abi.FUSE_GETATTR, bytes(16), nodeid=2)
+    assert renaming.calls == [("getattr", "/a", None), ("getattr", "/b", None)]
+
+
+def test_a_lookup_that_a_rename_overtook_does_not_lend_its_attributes_to_another_inode() -> None:
+    talk = Talk()
+    talk.say(abi.FUSE_LOOKUP, b"a\0")
+    talk.session._filesystem._call = renaming = Renaming(talk, "getattr")
+    entry = talk.say(abi.FUSE_LOOKUP, b"a\0")
+    assert len(renaming.calls) == 2
+    assert entry[:8] != (2).to_bytes(8, "little")
