@@ -14,7 +14,7 @@ import pytest
 from conftest import run, wait_until
 
 from imgfs import Handle, ImageStore, State, hashing, record
-from imgfs.errors import Interrupted
+from imgfs.errors import Interrupted, NotPermitted
 from imgfs.image import Image
 from imgfs.times import UTIME_NOW, UTIME_OMIT
 from imgfs.xattrs import NativeXattrs
@@ -353,6 +353,16 @@ def test_image_renamed_while_it_is_sealed_is_sealed_under_its_new_name(store: Im
     store.rename("x", "y")
     gate.open()
     wait_until(lambda: store.state("y") is State.ACTIVE, "the seal")
+
+
+def test_write_once_image_can_not_be_opened_for_writing_while_it_is_sealed(open_store: OpenStore, gate: Gate) -> None:
+    store = open_store(write_once=True)
+    write_out_of_order(store, "x")
+    gate.wait()
+    with pytest.raises(NotPermitted):
+        store.open("x", os.O_RDWR)
+    gate.open()
+    assert store.digests("x").checksum == md5(CONTENT)
 
 
 def test_image_that_needs_no_reading_does_not_wait_for_those_that_do(store: ImageStore, gate: Gate) -> None:

@@ -782,6 +782,29 @@ def test_renames_over_each_other_at_once_lose_nothing_but_the_replaced(store: Im
     assert content(store, name) in (b"A", b"B")
 
 
+def test_steps_of_a_replacement_are_durable_one_after_the_other(
+    store: ImageStore, placed: Placed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crash may then lose a step only with all that follow it."""
+    placed("high", "x", b"new")
+    placed("low", "y", b"old")
+    steps: list[str] = []
+
+    def watch(step: str) -> None:
+        call = getattr(Datadir, step)
+
+        def watched(datadir: Datadir, *arguments: object) -> object:
+            steps.append(f"{step} {Path(datadir.path).name}")
+            return call(datadir, *arguments)
+
+        monkeypatch.setattr(Datadir, step, watched)
+
+    for step in ("note_replaced", "rename", "sync", "unlink", "forget_replaced"):
+        watch(step)
+    store.rename("x", "y")
+    assert steps == ["note_replaced low", "rename high", "sync high", "unlink low", "sync low", "forget_replaced low"]
+
+
 def test_interrupted_replacement_is_completed_at_the_next_start(
     open_store: OpenStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
