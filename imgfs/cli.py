@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from imgfs import daemon, datadir, fusepy_transport, mount_options, mounts
+from imgfs import daemon, datadir, mount_options, mounts
 from imgfs.config import Config, ConfigError, load
 from imgfs.errors import ImgfsError, InvalidValue, MountError
 from imgfs.version import VERSION
@@ -72,13 +72,15 @@ def _mount(parsed: argparse.Namespace) -> int:
         mountpoint=parsed.mountpoint,
         allow_other=os.geteuid() == 0 if other is None else bool(other),
         options=options,
+        transport=parsed.transport,
+        passthrough=parsed.passthrough,
     )
     _require_transport(parsed.transport)
     if parsed.foreground:
         return _serve(request, lambda: log.info("mounted"))
-    log_file = Path(parsed.log_file).absolute() if parsed.log_file else None
+    handler, form = _background_log(Path(parsed.log_file).absolute() if parsed.log_file else None)
     return daemon.in_background(
-        lambda ready: _serve(request, ready), request.mountpoint, lambda: _log_in_background(log_file, parsed.verbose)
+        lambda ready: _serve(request, ready), request.mountpoint, lambda: _log_to(handler, form, parsed.verbose)
     )
 
 
@@ -94,25 +96,23 @@ def _serve(request: daemon.MountRequest, ready: Callable[[], None]) -> int:
 
 
 def _require_transport(wanted: str) -> None:
-    if wanted == "kernel":
-        raise MountError("this version has no kernel transport yet; use --transport fusepy")
     if not Path("/dev/fuse").exists():
         raise MountError("/dev/fuse is missing; load the kernel module: modprobe fuse")
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
         raise MountError(f"/dev/fuse can't be opened by uid {os.geteuid()}; give access: chmod 666 /dev/fuse")
-    fusepy_transport.require()
+    daemon.choose_transport(wanted, passthrough=False)
 
 
-def _log_in_background(log_file: Path | None, verbose: bool) -> None:
+def _background_log(log_file: Path | None) -> tuple[logging.Handler, str]:
+    """Where the daemon logs once it is in the background, and in which form; opened before anything is mounted."""
     if log_file is not None:
-        handler: logging.Handler = logging.handlers.WatchedFileHandler(log_file, encoding="utf-8")
-        _log_to(handler, "%(asctime)s imgfs[%(process)d]: %(levelname)s: %(message)s", verbose)
-    elif Path(SYSLOG).exists():
-        handler = logging.handlers.SysLogHandler(SYSLOG, logging.handlers.SysLogHandler.LOG_DAEMON)
-        _log_to(handler, "imgfs[%(process)d]: %(levelname)s: %(message)s", verbose)
-    else:
-        log.warning("there is no syslog here: the daemon's log is lost; give --log-file to keep it")
-        _log_to(logging.NullHandler(), "%(message)s", verbose)
+        handler = logging.handlers.WatchedFileHandler(log_file, encoding="utf-8")
+        return handler, "%(asctime)s imgfs[%(process)d]: %(levelname)s: %(message)s"
+    if Path(SYSLOG).exists():
+        facility = logging.handlers.SysLogHandler.LOG_DAEMON
+        return logging.handlers.SysLogHandler(SYSLOG, facility), "imgfs[%(process)d]: %(levelname)s: %(message)s"
+    log.warning("there is no syslog here: the daemon's log is lost; give --log-file to keep it")
+    return logging.NullHandler(), "%(message)s"
 
 
 # --- the other commands ---
@@ -170,6 +170,8 @@ def _add_mount(mount: argparse.ArgumentParser) -> None:
     mount.add_argument("--foreground", action="store_true", help="stay in the foreground and log to stderr")
     mount.add_argument("--transport", choices=("auto", "kernel", "fusepy"), default="auto",
                        help="what carries the kernel's requests (default: auto)")  # fmt: skip
+    mount.add_argument("--no-passthrough", dest="passthrough", action="store_false",
+                       help="let every read come by the daemon, for comparison")  # fmt: skip
     mount.add_argument("--allow-other", action=argparse.BooleanOptionalAction, default=None,
                        help="other users may use the mount (default: for root)")  # fmt: skip
     mount.add_argument("--log-file", metavar="FILE", help="where the daemon logs in the background (default: syslog)")

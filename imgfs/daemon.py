@@ -5,6 +5,7 @@ the child shares the parent's stderr, so errors reach whoever typed the command.
 """
 
 import contextlib
+import errno
 import logging
 import os
 import resource
@@ -12,10 +13,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from imgfs import fusepy_transport, mounts
+from imgfs import fusepy_transport, kernel_transport, mounts
 from imgfs.config import Config, Mode
 from imgfs.errors import MountError
 from imgfs.fuse_ops import ImageOperations
+from imgfs.fusepy_transport import FusepyTransport
+from imgfs.kernel_transport import KernelTransport
 from imgfs.store import ImageStore
 
 log = logging.getLogger(__name__)
@@ -29,6 +32,8 @@ class MountRequest:
     mountpoint: str
     allow_other: bool
     options: dict[str, str | bool] = field(default_factory=dict)
+    transport: str = "auto"
+    passthrough: bool = True
 
     @property
     def store_config(self) -> Config:
@@ -48,12 +53,31 @@ def serve(request: MountRequest, ready: Callable[[], None]) -> None:
     _raise_descriptor_limit()
     logging.logThreads = False  # naming a foreign thread would keep an object for each for ever
     os.umask(0o022)  # for directories; images get the mode that was asked for
-    interrupted = fusepy_transport.interrupted()
+    transport = choose_transport(request.transport, request.passthrough)
     with ImageStore(request.store_config) as store:
-        operations = ImageOperations(store, interrupted=interrupted, ready=ready)
-        log.info("serving %d datadirs at %s, transport fusepy", len(store.datadirs), mountpoint)
-        fusepy_transport.serve(operations, mountpoint, request.allow_other, request.options)
+        operations = ImageOperations(store, transport.caller, transport.interrupted, transport.describe)
+
+        def tell() -> None:
+            log.info("%s is served by transport %s", mountpoint, transport.describe())
+            ready()
+
+        transport.serve(operations, mountpoint, request.allow_other, request.options, tell)
         log.info("%s is unmounted; finishing", mountpoint)
+
+
+def choose_transport(wanted: str, passthrough: bool) -> FusepyTransport | KernelTransport:
+    """The transport asked for, or for `auto` the first that can be had. Raises MountError with what is missing."""
+    missing = {}
+    if wanted in (kernel_transport.NAME, "auto"):
+        missing[kernel_transport.NAME] = kernel_transport.why_unavailable()
+        if missing[kernel_transport.NAME] is None:
+            return KernelTransport(passthrough)
+    if wanted in (fusepy_transport.NAME, "auto"):
+        missing[fusepy_transport.NAME] = fusepy_transport.why_unavailable()
+        if missing[fusepy_transport.NAME] is None:
+            return FusepyTransport()
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
+    raise MountError(f"no transport can be had: {reasons}", errno.ENOSYS)
 
 
 def _raise_descriptor_limit() -> None:

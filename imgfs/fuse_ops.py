@@ -73,12 +73,11 @@ class ImageOperations:
         caller: Caller = _fusepy_caller,
         interrupted: Callable[[], bool] = never,
         transport: Callable[[], str] = _fusepy,
-        ready: Callable[[], None] = lambda: None,
     ) -> None:
         """`caller` tells who made the request at hand, `interrupted` whether they still want an answer."""
         self._store = store
         self._caller = caller
-        self._ready = ready
+        self._ready: Callable[[], None] = lambda: None
         self._attributes = ImageAttributes(store, interrupted)
         self._root_attributes = RootAttributes(store, transport)
         self._lock = threading.Lock()
@@ -100,9 +99,27 @@ class ImageOperations:
             log.exception("%s failed unexpectedly", operation)
             raise OSError(errno.EIO, os.strerror(errno.EIO)) from error
 
+    def on_init(self, ready: Callable[[], None]) -> None:
+        """Have `ready` called when fusepy says that the mount is about to answer."""
+        self._ready = ready
+
+    def on_change(self, changed: Callable[[str], None]) -> None:
+        """Have `changed` called with a name when its image changes otherwise than by a request."""
+        self._store.on_change(changed)
+
     def init(self, _path: str) -> None:
         """The mount is about to answer."""
         self._ready()
+
+    def destroy(self, _path: str) -> None:
+        """The mount is gone. What was left open and is complete is sealed, what was being written stays stale.
+
+        (A release that is under way when the mount goes never reaches the daemon.)
+        """
+        with self._lock:
+            handles, self._handles = list(self._handles.values()), {}
+        for handle in handles:
+            self._store.close_handle(handle, complete=not handle.unflushed)
 
     # --- which image ---
 

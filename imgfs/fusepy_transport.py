@@ -8,8 +8,6 @@ cached pages are kept from one open to the next only if size and mtime are uncha
 """
 
 import codecs
-import errno
-import logging
 import os
 from collections.abc import Callable
 from typing import Any
@@ -18,35 +16,25 @@ from imgfs.errors import MountError
 from imgfs.fuse_ops import ImageOperations
 from imgfs.mounts import FSTYPE
 
-log = logging.getLogger(__name__)
-
+NAME = "fusepy"
 REQUEST_BYTES = 128 << 10  # the most that libfuse 2 has room for
 ATTR_SECONDS = 0.1
 ENCODING = "imgfs-names"
 
 
-def _load() -> Any:
-    try:
-        import fuse  # noqa: PLC0415 - importing it loads libfuse
-    except OSError:
-        raise MountError(
-            "libfuse 2 is not installed; install it (Debian: apt-get install libfuse2)", errno.ENOSYS
-        ) from None
-    return fuse
-
-
-def require() -> None:
-    """Raise MountError, with what to install, where libfuse 2 is absent."""
-    _load()
-
-
-def available() -> bool:
-    """Whether libfuse 2 is here."""
+def why_unavailable() -> str | None:
+    """What keeps this process from mounting with libfuse, and what to do about it; None: nothing."""
     try:
         _load()
-    except MountError:
-        return False
-    return True
+    except OSError:
+        return "libfuse 2 is not installed; install it (Debian: apt-get install libfuse2)"
+    return None
+
+
+def _load() -> Any:
+    import fuse  # noqa: PLC0415 - importing it loads libfuse
+
+    return fuse
 
 
 def _codec(name: str) -> codecs.CodecInfo | None:
@@ -63,36 +51,58 @@ def _codec(name: str) -> codecs.CodecInfo | None:
 codecs.register(_codec)
 
 
-def interrupted() -> Callable[[], bool]:
-    """A function that tells whether the caller of the request at hand was interrupted (libfuse's `intr`)."""
-    function = _load()._libfuse.fuse_interrupted
-    return lambda: bool(function())
+class FusepyTransport:
+    """One mount through fusepy."""
 
+    def __init__(self) -> None:
+        """Load libfuse; `why_unavailable` says whether that works."""
+        self._fuse = _load()
 
-def serve(operations: ImageOperations, mountpoint: str, allow_other: bool, options: dict[str, str | bool]) -> None:
-    """Mount, and answer requests until the mount is gone or a signal ends it (SIGTERM, SIGINT, SIGHUP).
+    def caller(self) -> tuple[int, int, int]:
+        """Uid, gid and pid of whoever made the request that the calling thread works on."""
+        uid, gid, pid = self._fuse.fuse_get_context()
+        return uid, gid, pid
 
-    Raises MountError where libfuse does not come up; it has written the reason to stderr then.
-    """
-    fuse = _load()
-    settings: dict[str, Any] = {
-        "foreground": True,
-        "fsname": "imgfs",
-        "subtype": FSTYPE.partition(".")[2],
-        "default_permissions": True,
-        "allow_other": allow_other,
-        "use_ino": True,
-        "big_writes": True,
-        "max_read": REQUEST_BYTES,
-        "max_write": REQUEST_BYTES,
-        "atomic_o_trunc": True,
-        "auto_cache": True,
-        "ac_attr_timeout": 0,
-        "attr_timeout": ATTR_SECONDS,
-        "entry_timeout": 0,
-        "intr": True,
-    }
-    try:
-        fuse.FUSE(operations, mountpoint, encoding=ENCODING, **(settings | options))
-    except RuntimeError as error:
-        raise MountError(f"libfuse could not mount or serve {mountpoint} (code {error})") from None
+    def interrupted(self) -> bool:
+        """Whether they were interrupted meanwhile (libfuse's `intr`)."""
+        return bool(self._fuse._libfuse.fuse_interrupted())
+
+    def describe(self) -> str:
+        """What `user.imgfs.transport` shows."""
+        return NAME
+
+    def serve(
+        self,
+        operations: ImageOperations,
+        mountpoint: str,
+        allow_other: bool,
+        options: dict[str, str | bool],
+        ready: Callable[[], None],
+    ) -> None:
+        """Mount, and answer requests until the mount is gone or a signal ends it (SIGTERM, SIGINT, SIGHUP).
+
+        `ready` is called as the mount comes up. Raises MountError where libfuse does not come up; it has written
+        the reason to stderr then.
+        """
+        operations.on_init(ready)
+        settings: dict[str, Any] = {
+            "foreground": True,
+            "fsname": "imgfs",
+            "subtype": FSTYPE.partition(".")[2],
+            "default_permissions": True,
+            "allow_other": allow_other,
+            "use_ino": True,
+            "big_writes": True,
+            "max_read": REQUEST_BYTES,
+            "max_write": REQUEST_BYTES,
+            "atomic_o_trunc": True,
+            "auto_cache": True,
+            "ac_attr_timeout": 0,
+            "attr_timeout": ATTR_SECONDS,
+            "entry_timeout": 0,
+            "intr": True,
+        }
+        try:
+            self._fuse.FUSE(operations, mountpoint, encoding=ENCODING, **(settings | options))
+        except RuntimeError as error:
+            raise MountError(f"libfuse could not mount or serve {mountpoint} (code {error})") from None

@@ -58,6 +58,7 @@ class Image:
         self.unflushed = 0  # guarded by lock: of those, the ones written to since their last flush
         self.unsealed = False  # guarded by lock: bytes have changed since there was a record
         self.sealing = False  # guarded by lock: a seal is queued or under way
+        self.abandoned = False  # guarded by lock: a writer was cut off, nobody knows whether all has come
         self.seal_again = False  # guarded by lock: writers came and went while it was
         self.seal_error: OSError | None = None  # guarded by lock: why the last seal failed
         self.failed = False  # guarded by lock: sealed, and an expectation was not met
@@ -419,18 +420,27 @@ class Handle:
         """Called at every close(2) of a descriptor of this handle: what it wrote is complete, for now."""
         self._set_unflushed(False)
 
-    def close(self) -> bool:
-        """Give the handle up; True where it was the last that could write, and sealing is to be started now."""
+    @property
+    def unflushed(self) -> bool:
+        """Whether it may be in the middle of writing: nothing was closed since it was last written to."""
+        return self._unflushed
+
+    def close(self, complete: bool = True) -> bool:
+        """Give the handle up; True where it was the last that could write, and sealing is to be started now.
+
+        An image that a writer left in the middle is not `complete`: it is not sealed, and so visibly stale.
+        """
         self.flush()
         image = self.image
         with image.lock:
             image.handles -= 1
             image.writers -= self.writable
+            image.abandoned |= not complete and self.writable
             if not self.writable or image.writers:
                 return False
             image.declared_bytes = 0
             image.lock.notify_all()
-            return image.unsealed and image.name is not None and image.begin_sealing()
+            return image.unsealed and not image.abandoned and image.name is not None and image.begin_sealing()
 
     def sync(self, data_only: bool = False) -> None:
         """fsync(2) or fdatasync(2)."""

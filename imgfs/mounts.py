@@ -82,9 +82,9 @@ def prepare(mountpoint: str, datadirs: Iterable[str]) -> str:
 
 
 def _clear_dead(path: str) -> None:
-    """A mount whose daemon died answers ENOTCONN."""
+    """A mount whose daemon died answers ENOTCONN (statvfs(3) is never answered from a cache)."""
     try:
-        os.stat(path)
+        os.statvfs(path)
     except OSError as error:
         if error.errno != errno.ENOTCONN:
             return

@@ -72,7 +72,8 @@ class ImageStore:
         self._pool = HashPool()
         self._namespace = Namespace(self.datadirs, self._new_stream, config.thin_provisioning)
         rules = SealingRules(config.hashing_algo, config.file_perm)
-        self._sealer = Sealer(self._pool, rules, self._namespace.let_go)
+        self._sealer = Sealer(self._pool, rules, self._sealed)
+        self._changed: Callable[[str], None] = lambda _: None
         self._resealer = Resealer(self._namespace, self._reseal_here) if config.reseal is Reseal.BACKGROUND else None
 
     def __enter__(self) -> Self:
@@ -91,6 +92,15 @@ class ImageStore:
         self._pool.close()
         for datadir in self.datadirs:
             datadir.close()
+
+    def on_change(self, changed: Callable[[str], None]) -> None:
+        """Have `changed` called with the name of an image after its seal, which sets mode and times."""
+        self._changed = changed
+
+    def _sealed(self, image: Image) -> None:
+        if image.name is not None:
+            self._changed(image.name)
+        self._namespace.let_go(image)
 
     def _new_stream(self) -> DigestStream:
         return DigestStream(self._pool, self.config.hashing_algo)
@@ -191,9 +201,9 @@ class ImageStore:
         if self.config.write_once and (image.sealing or image.state() is State.ACTIVE):
             raise NotPermitted(f"image {image.name!r} is complete, and the store is write-once")
 
-    def close_handle(self, handle: Handle) -> None:
-        """Close an open image; the last writer to go has it sealed."""
-        if handle.close():
+    def close_handle(self, handle: Handle, complete: bool = True) -> None:
+        """Close an open image; the last writer to go has it sealed, unless what it wrote is not `complete`."""
+        if handle.close(complete):
             self._sealer.seal(handle.image)
         else:
             self._namespace.let_go(handle.image)

@@ -81,8 +81,8 @@ class Filesystem:
                 if error.errno == errno.ENOENT and any(self._negative):
                     return replies.negative_entry_out(self._negative)
                 raise
-            node = self._nodes.look_up(path)
-            if self._nodes.steady(path) and (known is node or known is None):
+            node = self._nodes.look_up(path, attr["st_ino"])
+            if self._nodes.steady(path) and (known is node or known is None or known.path is None):
                 return replies.entry_out(node.nodeid, self._timeouts, attr)
             if attempt < _ATTEMPTS - 1:
                 self._nodes.forget([(node.nodeid, 1)])
@@ -186,8 +186,8 @@ class Filesystem:
             node = self._nodes.look_up(path)
             return self._entry_out(node) + self._open(node, request.flags, request.open_flags)
         self._nodes.unlink(path)
-        node = self._nodes.look_up(path)
         attr = self._guarded(path, fh, lambda: self._call("getattr", path, fh))
+        node = self._nodes.look_up(path, attr["st_ino"])
         mode = self._handles.add(fh, node.nodeid, request.flags, None)
         return replies.entry_out(node.nodeid, self._timeouts, attr) + replies.open_out(fh, *mode)
 
@@ -220,6 +220,10 @@ class Filesystem:
         finally:
             self._handles.remove(request.fh)
         return b""
+
+    def destroy(self) -> None:
+        """The mount is gone: the operations are told before what was left open is released."""
+        self._call("destroy", ROOT_PATH)
 
     def release_all(self) -> list[Exception]:
         """Release what the kernel left open when the connection ended; gives what went wrong."""
@@ -376,12 +380,12 @@ class Filesystem:
         backing_fd = self._guarded(path, fh, lambda: self._call("passthrough_fd", fh)) if reads else None
         return replies.open_out(fh, *self._handles.add(fh, node.nodeid, flags, backing_fd))
 
-    def _open_steadily(self, node: Node, flags: int) -> tuple[str, int]:
-        """Open by name, again if the name went to another image meanwhile; ESTALE for one without a name."""
+    def _open_steadily(self, node: Node, flags: int) -> tuple[str | None, int]:
+        """Open by name, again if the name went to another image meanwhile; by a handle where there is no name."""
         for _ in range(_ATTEMPTS):
             path = node.path
             if path is None:
-                break
+                return None, self._reopen(node, flags)
             try:
                 fh: int = self._call("open", path, flags)
             except OSError:
@@ -394,11 +398,17 @@ class Filesystem:
             self._nodes.wait_steady(path, _CHANGE_WAIT_S)
         raise _error(errno.ESTALE)
 
+    def _reopen(self, node: Node, flags: int) -> int:
+        """Open an image once more that has no name, but a handle (/proc/PID/fd); ESTALE where it has neither."""
+        path, handle = self._target(node, None)
+        fh: int = self._call("open", path, flags, handle)
+        return fh
+
     def _is_still(self, node: Node, path: str | None) -> bool:
         """Whether the node has had this path all along."""
         return node.path is path and self._nodes.steady(path)
 
-    def _guarded(self, path: str, fh: int, act: Callable[[], T]) -> T:
+    def _guarded(self, path: str | None, fh: int, act: Callable[[], T]) -> T:
         """Do something with a handle the kernel does not know yet; if it fails, the handle goes."""
         try:
             return act()
@@ -459,8 +469,8 @@ class Filesystem:
             attr = self._call("getattr", path, None)
         except OSError:
             return replies.bare_direntplus(entry.ino, offset, entry.mode, entry.name)
-        node = self._nodes.look_up(path)
-        sure = self._nodes.steady(path) and (known is node or known is None)
+        node = self._nodes.look_up(path, attr["st_ino"])
+        sure = self._nodes.steady(path) and (known is node or known is None or known.path is None)
         timeouts = self._timeouts if sure else replies.NEVER
         return replies.direntplus(node.nodeid, timeouts, attr, offset, entry.name)
 

@@ -21,10 +21,11 @@ ROOT_PATH = "/"
 class Node:
     """One inode as the kernel knows it; guarded by the lock of its `Nodes`, reading `path` is always safe."""
 
-    __slots__ = ("lookups", "nodeid", "path")
+    __slots__ = ("ino", "lookups", "nodeid", "path")
 
-    def __init__(self, nodeid: int, path: str) -> None:
+    def __init__(self, nodeid: int, path: str, ino: int | None = None) -> None:
         self.nodeid = nodeid
+        self.ino = ino  # of the file it was looked up for
         self.path: str | None = path
         self.lookups = 0
 
@@ -55,12 +56,19 @@ class Nodes:
         """The node of a path, without counting a lookup."""
         return self._by_path.get(path)
 
-    def look_up(self, path: str) -> Node:
-        """The node of a path, made if need be, with one more lookup counted."""
+    def look_up(self, path: str, ino: int | None = None) -> Node:
+        """The node of a path, made if need be, with one more lookup counted.
+
+        Where `ino` shows that another file has the name by now, the old node loses it: readers of the old file
+        and of the new one must not share a page cache or a backing file.
+        """
         with self._lock:
             node = self._by_path.get(path)
+            if node is not None and None not in (node.ino, ino) and node.ino != ino:
+                self._detach(node)
+                node = None
             if node is None:
-                node = Node(self._next_nodeid, path)
+                node = Node(self._next_nodeid, path, ino)
                 self._next_nodeid += 1
                 self._by_id[node.nodeid] = self._by_path[path] = node
             node.lookups += 1

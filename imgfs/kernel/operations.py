@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 class Operations(Protocol):
     """`operations("getattr", "/name", None)`: gives a value or raises OSError with a positive errno."""
 
-    def __call__(self, op: str, *args: Any) -> Any: ...
+    def __call__(self, operation: str, /, *args: Any) -> Any: ...
 
 
 class Caller(NamedTuple):

@@ -102,12 +102,12 @@ class KernelSession:
         self._finish()
 
     def stop(self) -> None:
-        """Unmount. If files are open on it, the mount goes from sight now and ends with the last of them."""
+        """Unmount; if files are open on it, whoever has them open gets ENOTCONN from now on."""
         try:
             mount.unmount(self.mountpoint)
         except MountError as error:
-            log.info("%s; it goes when the last file on it is closed", error)
-            mount.unmount(self.mountpoint, lazy=True)
+            log.warning("%s; it ends all the same", error)
+            self.abort()
 
     def abort(self) -> None:
         """End the connection at once; whoever has files open on it gets ENOTCONN."""
@@ -142,6 +142,7 @@ class KernelSession:
         if len(self._readers):
             log.warning("%d requests were still being worked on when the mount went", len(self._readers))
         self._notifier.close()
+        self._filesystem.destroy()
         for failure in self._filesystem.release_all():
             log.error("an image left open could not be closed: %s", failure)
         self._device.close()

@@ -1,0 +1,77 @@
+"""The kernel transport: the FUSE protocol on /dev/fuse, spoken by imgfs itself, with passthrough where it can be had.
+
+It joins a `KernelSession` to the operations and the store: signals end the session, and what the store changes on
+its own (permissions and times of a sealed image) the kernel is told.
+"""
+
+import signal
+from collections.abc import Callable
+from types import FrameType
+
+from imgfs.fuse_ops import ImageOperations
+from imgfs.kernel import KernelSession, MountOptions, RequestContext, why_unavailable
+
+__all__ = ["NAME", "KernelTransport", "why_unavailable"]
+
+NAME = "kernel"
+SECONDS = 1.0  # how long the kernel may keep names and attributes where nobody tells of direct changes
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+class KernelTransport:
+    """One mount on /dev/fuse."""
+
+    def __init__(self, passthrough: bool) -> None:
+        self._context = RequestContext()
+        self._wants_passthrough = passthrough
+        self._session: KernelSession | None = None
+
+    def caller(self) -> tuple[int, int, int]:
+        """Uid, gid and pid of whoever made the request that the calling thread works on."""
+        return self._context.caller()
+
+    def interrupted(self) -> bool:
+        """Whether they were interrupted meanwhile (FUSE_INTERRUPT)."""
+        return self._context.interrupted()
+
+    def describe(self) -> str:
+        """What `user.imgfs.transport` shows."""
+        on = self._session is not None and self._session.passthrough
+        return f"{NAME}, passthrough {'on' if on else 'off'}"
+
+    def serve(
+        self,
+        operations: ImageOperations,
+        mountpoint: str,
+        allow_other: bool,
+        options: dict[str, str | bool],
+        ready: Callable[[], None],
+    ) -> None:
+        """Mount, and answer requests until the mount is gone or a signal ends it (SIGTERM, SIGINT, SIGHUP).
+
+        `ready` is called when requests are answered. Raises MountError.
+        """
+        session = KernelSession(
+            operations,
+            mountpoint,
+            _mount_options(allow_other, options),
+            context=self._context,
+            passthrough=self._wants_passthrough,
+            entry_timeout=SECONDS,
+            attr_timeout=SECONDS,
+        )
+        session.mount()
+        self._session = session
+        operations.on_change(session.invalidate)
+
+        def stop(_number: int, _frame: FrameType | None) -> None:
+            session.stop()
+
+        for number in _SIGNALS:
+            signal.signal(number, stop)
+        session.run(ready)
+
+
+def _mount_options(allow_other: bool, options: dict[str, str | bool]) -> MountOptions:
+    flags = tuple(name for name, value in options.items() if value is True)
+    return MountOptions(source=str(options.get("fsname", "imgfs")), allow_other=allow_other, extra=flags)
