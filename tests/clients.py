@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Mounted, Mounter, attribute, run, wait_until
+from tests.conftest import Mounted, Mounter, attribute, run, wait_until
 
 from imgfs import mounts
 

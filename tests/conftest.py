@@ -83,8 +83,9 @@ class Mounted:
 class Mounter:
     """Makes mounts and unmounts them at the end of the test."""
 
-    def __init__(self, tmp_path: Path) -> None:
+    def __init__(self, tmp_path: Path, transport: str) -> None:
         self._tmp_path = tmp_path
+        self.transport = transport
         self._mounted: list[Mounted] = []
 
     def __call__(
@@ -104,7 +105,7 @@ class Mounter:
         log = config.parent / f"log{len(self._mounted)}"
         with open(log, "wb") as output:
             daemon = subprocess.Popen(
-                [*IMGFS, "-v", "mount", "--foreground", *options, config, mountpoint],
+                [*IMGFS, "-v", "mount", "--foreground", "--transport", self.transport, *options, config, mountpoint],
                 stdin=subprocess.DEVNULL, stdout=output, stderr=output,
             )  # fmt: skip
         wait_until(lambda: daemon.poll() is not None or mounts.is_imgfs(mountpoint), "the mount")
@@ -139,13 +140,13 @@ def write_config(base: Path, datadirs: list[object] | None = None, **settings: o
     return config
 
 
-@pytest.fixture
-def mount(tmp_path: Path) -> Iterator[Mounter]:
-    """Call it to get a mounted store; see Mounter."""
+@pytest.fixture(params=["kernel", "fusepy"])
+def mount(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Mounter]:
+    """Call it to get a mounted store, once for each transport; see Mounter."""
     tmp_path.chmod(0o755)
     tmp_path.parent.chmod(0o755)
     tmp_path.parent.parent.chmod(0o755)
-    mounter = Mounter(tmp_path)
+    mounter = Mounter(tmp_path, request.param)
     try:
         yield mounter
         mounter.finish()

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from clients import COMPUTED, assert_sealed, fails_with, md5, new_image, wait_for_state
-from conftest import Mounted, Mounter, attribute, run
+from tests.clients import COMPUTED, assert_sealed, fails_with, md5, new_image, wait_for_state
+from tests.conftest import Mounted, Mounter, attribute, run
 
 Filesystem = Callable[..., Path]
 

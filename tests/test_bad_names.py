@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from clients import assert_sealed, attribute, fails_with, md5, new_image
-from conftest import Mounted, run
+from tests.clients import assert_sealed, attribute, fails_with, md5, new_image
+from tests.conftest import Mounted, run
 
 Mount = Callable[..., Mounted]
 RESERVED = [".imgfs", ".imgfs.yaml", ".imgfs-anything"]

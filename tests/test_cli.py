@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from conftest import IMGFS, Mounted, attribute, run, wait_until, write_config
+from tests.conftest import IMGFS, Mounted, attribute, run, wait_until, write_config
 
 from imgfs import ImageStore, State, load, mounts
 from imgfs.version import VERSION
@@ -230,11 +230,16 @@ def test_log_file_gets_what_the_daemon_says(imgfs: Imgfs, config: Path, tmp_path
     assert "is unmounted" in lines[-1]
 
 
+def test_log_file_that_can_not_be_written_is_refused(imgfs: Imgfs, config: Path, tmp_path: Path) -> None:
+    assert "none/daemon.log" in refusal(imgfs("mount", "--log-file", "none/daemon.log", config, "images"))
+    assert not mounts.is_imgfs(tmp_path / "images")
+
+
 def test_foreground_logs_to_stderr_and_stays(mount: Mount) -> None:
     images = mount()
     assert daemon_of(images.path) == images.daemon.pid
     wait_until(lambda: "INFO: mounted" in images.log.read_text(), "the line that says so")
-    assert "transport fusepy" in images.log.read_text()
+    assert f"transport {attribute(images.path, 'transport')}" in images.log.read_text()
 
 
 # --- mount options ---
@@ -433,6 +438,7 @@ def test_signal_ends_a_mount_in_the_background(imgfs: Imgfs, config: Path, tmp_p
 
 def test_signal_with_an_open_writer_leaves_the_image_stale(mount: Mount) -> None:
     images = mount()
+    images.expect_warning("can't be unmounted: Device or resource busy; it ends all the same")
     writer = os.open(images / "x", os.O_CREAT | os.O_WRONLY)
     os.write(writer, CONTENT)
     end(images)

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from clients import COMPUTED, MIB, OLD_MTIME_NS, assert_sealed, backing_file, digest, md5, new_image
-from conftest import Mounted, attribute, run
+from tests.clients import COMPUTED, MIB, OLD_MTIME_NS, assert_sealed, backing_file, digest, md5, new_image
+from tests.conftest import Mounted, attribute, run
 
 STAT_FORMAT = "%n %s %f %u %g %b %h %X %Y %y %Z %z"
 

@@ -7,8 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from clients import MIB, OLD_MTIME_NS, assert_sealed, attribute, backing_file, digest, fails_with, md5, new_image
-from conftest import Mounted, run, wait_until
+from tests.clients import (
+    MIB,
+    OLD_MTIME_NS,
+    assert_sealed,
+    attribute,
+    backing_file,
+    digest,
+    fails_with,
+    md5,
+    new_image,
+)
+from tests.conftest import Mounted, run, wait_until
 
 
 @pytest.fixture

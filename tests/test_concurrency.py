@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from clients import MIB, assert_sealed, md5, new_image
-from conftest import WAIT_SECONDS, Mounted, attribute, wait_until
+from tests.clients import MIB, assert_sealed, md5, new_image
+from tests.conftest import WAIT_SECONDS, Mounted, attribute, wait_until
 
 Mount = Callable[..., Mounted]
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import run
+from tests.conftest import run
 
 from imgfs import DatadirConfig, ImageStore, Mode, datadir
 from imgfs.datadir import Datadir, give_tags, unusable

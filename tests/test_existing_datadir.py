@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
-from clients import COMPUTED, OLD_MTIME_NS, assert_sealed, crash, digest, md5, new_image, opened, wait_for_state
-from conftest import Mounter, attribute, run, wait_until
+from tests.clients import COMPUTED, OLD_MTIME_NS, assert_sealed, crash, digest, md5, new_image, opened, wait_for_state
+from tests.conftest import Mounter, attribute, run, wait_until
 
 IDS = ["0c8e7a31-5a4e-4f7c-9d0e-5f1f3c8a2b10", "71c675ab-d94f-49cd-a114-e12490b328d9", "f00ba4"]
 

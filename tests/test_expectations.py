@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from clients import MIB, assert_sealed, crash, fails_with, fill, md5, new_image, opened, wait_for_state
-from conftest import WAIT_SECONDS, Mounted, Mounter, attribute, run, wait_until
+from tests.clients import MIB, assert_sealed, crash, fails_with, fill, md5, new_image, opened, wait_for_state
+from tests.conftest import WAIT_SECONDS, Mounted, Mounter, attribute, run, wait_until
 
 CONTENT = b"the bytes of an image" * 5000
 MET = {

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from clients import MIB, assert_sealed, fill, md5
-from conftest import Mounted, attribute, wait_until
+from tests.clients import MIB, assert_sealed, fill, md5
+from tests.conftest import Mounted, attribute, wait_until
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import wait_until
+from tests.conftest import wait_until
 
 from imgfs import hashing
 from imgfs.errors import ImageChanging, Interrupted

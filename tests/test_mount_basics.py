@@ -4,7 +4,7 @@ import hashlib
 import os
 from collections.abc import Callable
 
-from conftest import Mounted, attribute
+from tests.conftest import Mounted, attribute
 
 CONTENT = os.urandom(3_000_000)
 

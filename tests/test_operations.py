@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import wait_until
+from tests.conftest import wait_until
 
 from imgfs import ImageStore, fuse_ops
 from imgfs.fuse_ops import ImageOperations

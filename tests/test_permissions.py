@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 
 import pytest
-from clients import assert_sealed, fails_with, md5, new_image, run_as, wait_for_state
-from conftest import Mounter, attribute, run
+from tests.clients import assert_sealed, fails_with, md5, new_image, run_as, wait_for_state
+from tests.conftest import Mounter, attribute, run
 
 READERS_GROUP = 47_111
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from clients import MIB, assert_sealed, fails_with, fill, md5, new_image
-from conftest import Mounted, attribute, run
+from tests.clients import MIB, assert_sealed, fails_with, fill, md5, new_image
+from tests.conftest import Mounted, attribute, run
 
 Filesystem = Callable[..., Path]
 Mount = Callable[..., Mounted]

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from clients import MIB, assert_sealed, backing_file, digest, new_image
-from conftest import Mounted, attribute, run, wait_until
+from tests.clients import MIB, assert_sealed, backing_file, digest, new_image
+from tests.conftest import Mounted, attribute, run, wait_until
 
 CACHES = ["writeback", "none", "directsync"]
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from clients import MIB, OLD_MTIME_NS, assert_sealed, backing_file, digest, md5, new_image, wait_for_state
-from conftest import WAIT_SECONDS, Mounted, attribute, run, wait_until
+from tests.clients import MIB, OLD_MTIME_NS, assert_sealed, backing_file, digest, md5, new_image, wait_for_state
+from tests.conftest import WAIT_SECONDS, Mounted, attribute, run, wait_until
 
 NAMES = ["a.raw", "b c.qcow2", "cß.iso", "empty"]
 STATUS = ("st_mode", "st_uid", "st_gid", "st_size", "st_mtime_ns")

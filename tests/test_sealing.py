@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import run, wait_until
+from tests.conftest import run, wait_until
 
 from imgfs import Handle, ImageStore, State, hashing, record
 from imgfs.errors import Interrupted, NotPermitted

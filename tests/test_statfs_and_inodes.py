@@ -4,8 +4,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from clients import MIB, OLD_MTIME_NS, assert_sealed, backing_file, fill, new_image, run_as
-from conftest import Mounter, run
+from tests.clients import MIB, OLD_MTIME_NS, assert_sealed, backing_file, fill, new_image, run_as
+from tests.conftest import Mounter, run
 
 Filesystem = Callable[..., Path]
 SPACE = ("f_blocks", "f_bfree", "f_bavail")

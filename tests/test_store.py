@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import run, wait_until
+from tests.conftest import run, wait_until
 
 from imgfs import Added, Handle, ImageStore, State, resealing
 from imgfs.datadir import Datadir
