@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.conftest import Mounted, Mounter, attribute, run, wait_until
 
 from imgfs import mounts
+from tests.conftest import Mounted, Mounter, attribute, run, wait_until
 
 MIB = 1 << 20
 OLD_MTIME_NS = 1_234_567_890_123_456_789

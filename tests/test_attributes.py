@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from tests.clients import COMPUTED, assert_sealed, fails_with, md5, new_image, wait_for_state
 from tests.conftest import Mounted, Mounter, attribute, run
 

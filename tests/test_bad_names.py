@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from tests.clients import assert_sealed, attribute, fails_with, md5, new_image
 from tests.conftest import Mounted, run
 

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from tests.conftest import IMGFS, Mounted, attribute, run, wait_until, write_config
 
 from imgfs import ImageStore, State, load, mounts
 from imgfs.version import VERSION
+from tests.conftest import IMGFS, Mounted, attribute, run, wait_until, write_config
 
 CONTENT = os.urandom(300_000)
 END_SECONDS = 20.0

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from tests.clients import COMPUTED, MIB, OLD_MTIME_NS, assert_sealed, backing_file, digest, md5, new_image
 from tests.conftest import Mounted, attribute, run
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from tests.clients import (
     MIB,
     OLD_MTIME_NS,
@@ -168,10 +169,9 @@ def test_o_direct_reads_and_writes(images: Mounted) -> None:
 
 def test_o_direct_takes_any_alignment(image: Path) -> None:
     before = image.read_bytes()
-    fd = os.open(image, os.O_RDONLY | os.O_DIRECT)
-    for size, offset in ((512, 0), (1, 1), (777, 1001), (4096, 512)):
-        assert os.pread(fd, size, offset) == before[offset : offset + size]
-    os.close(fd)
+    with opened(image, os.O_RDONLY | os.O_DIRECT) as fd:
+        for size, offset in ((512, 0), (1, 1), (777, 1001), (4096, 512)):
+            assert os.pread(fd, size, offset) == before[offset : offset + size]
 
 
 def test_o_direct_write_is_seen_by_a_cached_reader(image: Path) -> None:

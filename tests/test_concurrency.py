@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
 from tests.clients import MIB, assert_sealed, md5, new_image
 from tests.conftest import WAIT_SECONDS, Mounted, attribute, wait_until
 

@@ -346,7 +346,7 @@ def test_reasons_of_the_datadirs_come_with_the_rest(problems: Callable[..., list
         "imgfs.yaml:4: datadirs[1]: file is not a directory",
         "imgfs.yaml:5: datadirs[2]: file/below and file lie one inside the other",
         "imgfs.yaml:5: datadirs[2]: file/below can't be used: Not a directory",
-        "imgfs.yaml:6: datadirs[3]: dangling is not a directory",
+        "imgfs.yaml:6: datadirs[3]: dangling is a symlink to nowhere",
         "imgfs.yaml:7: datadirs[4]: gone does not exist; create it or take it out",
     ]
 

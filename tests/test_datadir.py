@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tests.conftest import run
 
 from imgfs import DatadirConfig, ImageStore, Mode, datadir
 from imgfs.datadir import Datadir, give_tags, unusable
 from imgfs.errors import DatadirError, ImageExists, ImageNotFound, WriteDenied
+from tests.conftest import run
 
 OpenStore = Callable[..., ImageStore]
 

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from tests.clients import COMPUTED, OLD_MTIME_NS, assert_sealed, crash, digest, md5, new_image, opened, wait_for_state
 from tests.conftest import Mounter, attribute, run, wait_until
 

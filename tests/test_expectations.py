@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
 from tests.clients import MIB, assert_sealed, crash, fails_with, fill, md5, new_image, opened, wait_for_state
 from tests.conftest import WAIT_SECONDS, Mounted, Mounter, attribute, run, wait_until
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tests.clients import MIB, assert_sealed, fill, md5
 from tests.conftest import Mounted, attribute, wait_until
 

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.conftest import wait_until
 
 from imgfs import hashing
 from imgfs.errors import ImageChanging, Interrupted
 from imgfs.hashing import Digests, DigestStream, HashPool, data_spans, digest_file, hex_digits, usable_algorithm
+from tests.conftest import wait_until
 
 MIB = 1 << 20
 CONTENT = random.Random(7).randbytes(5 * MIB + 123)

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.conftest import wait_until
 
 from imgfs import ImageStore, fuse_ops
 from imgfs.fuse_ops import ImageOperations
 from imgfs.times import UTIME_NOW, UTIME_OMIT
+from tests.conftest import wait_until
 
 CONTENT = os.urandom(100_000)
 HIDDEN = "/.fuse_hidden0000000100000001"

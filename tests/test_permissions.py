@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from tests.clients import assert_sealed, fails_with, md5, new_image, run_as, wait_for_state
 from tests.conftest import Mounter, attribute, run
 

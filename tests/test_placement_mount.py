@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from tests.clients import MIB, assert_sealed, fails_with, fill, md5, new_image
 from tests.conftest import Mounted, attribute, run
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from tests.clients import MIB, assert_sealed, backing_file, digest, new_image
 from tests.conftest import Mounted, attribute, run, wait_until
 

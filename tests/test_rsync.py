@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from tests.clients import MIB, OLD_MTIME_NS, assert_sealed, backing_file, digest, md5, new_image, wait_for_state
 from tests.conftest import WAIT_SECONDS, Mounted, attribute, run, wait_until
 

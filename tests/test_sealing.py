@@ -11,13 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from tests.conftest import run, wait_until
 
 from imgfs import Handle, ImageStore, State, hashing, record
 from imgfs.errors import Interrupted, NotPermitted
 from imgfs.image import Image
 from imgfs.times import UTIME_NOW, UTIME_OMIT
 from imgfs.xattrs import NativeXattrs
+from tests.conftest import run, wait_until
 
 MIB = 1 << 20
 CONTENT = random.Random(13).randbytes(4 * MIB)

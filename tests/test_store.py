@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.conftest import run, wait_until
 
 from imgfs import Added, Handle, ImageStore, State, resealing
 from imgfs.datadir import Datadir
@@ -33,6 +32,7 @@ from imgfs.errors import (
     WriteDenied,
 )
 from imgfs.image import Image
+from tests.conftest import run, wait_until
 
 MIB = 1 << 20
 CONTENT = random.Random(11).randbytes(3 * MIB + 17)

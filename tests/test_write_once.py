@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.clients import OLD_MTIME_NS, assert_sealed, attribute, backing_file, fails_with, md5, new_image
+
+from tests.clients import OLD_MTIME_NS, assert_sealed, backing_file, fails_with, md5, new_image
 from tests.conftest import Mounted, Mounter, run
 
 
