@@ -37,6 +37,7 @@ _ATTEMPTS = 5
 _MAX_COPY = 0xFFFFF000  # the reply to COPY_FILE_RANGE has 32 bits
 _NS = 1_000_000_000
 _NOT_OURS = (b"security.", b"system.")
+_CAPABILITY = b"security.capability"
 T = TypeVar("T")
 
 
@@ -255,6 +256,8 @@ class Filesystem:
     # Extended attributes
 
     def getxattr(self, header: Header, request: requests.GetxattrIn) -> Payload:
+        if request.name == _CAPABILITY:
+            raise _error(errno.ENODATA)
         _check_namespace(request.name)
         path, fh = self._target(self._nodes.get(header.nodeid), None)
         value = self._call("getxattr", path, os.fsdecode(request.name), 0, fh)
@@ -476,7 +479,7 @@ class Filesystem:
 
 
 def _check_namespace(name: bytes) -> None:
-    """EOPNOTSUPP for ACLs, labels and capabilities (xattr(7)).
+    """EOPNOTSUPP for ACLs and labels (xattr(7)); capabilities can be asked for, there are none.
 
     It is the answer after which ls(1) asks for them no more; with ENODATA it asks for every name.
     """
