@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from imgfs import linux, names
+from imgfs import linux, mount_table, names
 from imgfs.config import DatadirConfig, Mode
 from imgfs.errors import DatadirError, ImageNotFound, WriteDenied
 from imgfs.xattrs import NativeXattrs, ReadOnlyXattrs, SidecarXattrs, Xattrs, proc_path, supported
@@ -213,6 +213,11 @@ class Datadir:
     def filesystem(self) -> os.statvfs_result:
         """statvfs(3) of the filesystem below."""
         return os.fstatvfs(self.fd)
+
+    def filesystem_type(self) -> str:
+        """The type of the filesystem below, as the mount table has it; empty where that does not tell."""
+        mount = mount_table.holding(self.path)
+        return mount.fstype if mount else ""
 
     def free_bytes(self) -> int:
         """What an unprivileged user may still write, in bytes (Glance behaviour 6)."""

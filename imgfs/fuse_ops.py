@@ -29,7 +29,7 @@ from imgfs.hashing import never
 from imgfs.image import Handle, Image, Key
 from imgfs.linux import RENAME_EXCHANGE, RENAME_NOREPLACE
 from imgfs.namespace import Owner
-from imgfs.store import ImageStore
+from imgfs.store import ImageChanged, ImageStore
 from imgfs.times import UTIME_NOW, set_times
 from imgfs.xattrs import proc_path
 
@@ -103,9 +103,9 @@ class ImageOperations:
         """Have `ready` called when fusepy says that the mount is about to answer."""
         self._ready = ready
 
-    def on_change(self, changed: Callable[[str], None]) -> None:
-        """Have `changed` called with a name when its image changes otherwise than by a request."""
-        self._store.on_change(changed)
+    def on_change(self, changed: ImageChanged) -> bool:
+        """Have `changed` called when an image changes otherwise than by a request; see ImageStore.on_change."""
+        return self._store.on_change(changed)
 
     def init(self, _path: str) -> None:
         """The mount is about to answer."""

@@ -14,7 +14,10 @@ from imgfs.kernel import KernelSession, MountOptions, RequestContext, why_unavai
 __all__ = ["NAME", "KernelTransport", "why_unavailable"]
 
 NAME = "kernel"
-SECONDS = 1.0  # how long the kernel may keep names and attributes where nobody tells of direct changes
+SHORT_SECONDS = 1.0
+"""How long the kernel may keep names and attributes where nobody tells of changes made to a datadir directly."""
+LONG_SECONDS = 86400.0
+"""How long it may where they are told (inotify(7))."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -51,18 +54,20 @@ class KernelTransport:
 
         `ready` is called when requests are answered. Raises MountError.
         """
+        told = operations.on_change(self._changed)
+        default = LONG_SECONDS if told else SHORT_SECONDS
+        self._operations = operations
         session = KernelSession(
             operations,
             mountpoint,
             _mount_options(allow_other, options),
             context=self._context,
             passthrough=self._wants_passthrough,
-            entry_timeout=SECONDS,
-            attr_timeout=SECONDS,
+            entry_timeout=float(options.get("entry_timeout", default)),
+            attr_timeout=float(options.get("attr_timeout", default)),
         )
         session.mount()
         self._session = session
-        operations.on_change(session.invalidate)
 
         def stop(_number: int, _frame: FrameType | None) -> None:
             session.stop()
@@ -70,6 +75,19 @@ class KernelTransport:
         for number in _SIGNALS:
             signal.signal(number, stop)
         session.run(ready)
+
+    def _changed(self, name: str | None, data: bool) -> None:
+        """Make the kernel forget what it keeps of a changed image."""
+        if self._session is None:
+            return
+        if name is None:
+            self._session.look_again_at_all()
+            return
+        try:
+            ino = self._operations("getattr", f"/{name}", None)["st_ino"]
+        except OSError:
+            ino = None
+        self._session.look_again(name, ino, data=data)
 
 
 def _mount_options(allow_other: bool, options: dict[str, str | bool]) -> MountOptions:

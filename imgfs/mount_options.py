@@ -22,6 +22,14 @@ FSTAB_ONLY = ("defaults", "auto", "noauto", "user", "nouser", "users", "owner", 
 """What concerns mount(8) and is passed over."""
 
 
+TIMEOUTS = ("entry_timeout", "attr_timeout")
+"""For how long the kernel may keep names and attributes, in seconds (mount.fuse3(8))."""
+
+
+def _is_seconds(value: str) -> bool:
+    return value.replace(".", "", 1).isdigit() and value.isascii()
+
+
 def parse(texts: list[str]) -> dict[str, str | bool]:
     """The options of one or more comma-separated lists; `allow_other` may be among them.
 
@@ -32,11 +40,12 @@ def parse(texts: list[str]) -> dict[str, str | bool]:
         name, has_value, value = option.strip().partition("=")
         if not name or name in FSTAB_ONLY or name.startswith("x-") or name == "comment":
             continue
-        if name == "fsname" and has_value and value:
+        if (name == "fsname" and has_value and value) or (name in TIMEOUTS and _is_seconds(value)):
             options[name] = value
         elif name in (*FLAGS, "allow_other") and not has_value:
             options[name] = True
         else:
-            known = ", ".join((*FLAGS, "allow_other", "fsname=NAME"))
+            timeouts = [f"{timeout}=SECONDS" for timeout in TIMEOUTS]
+            known = ", ".join((*FLAGS, "allow_other", "fsname=NAME", *timeouts))
             raise InvalidValue(f"unknown mount option {option.strip()!r}; there are {known}")
     return options

@@ -1,60 +1,23 @@
-"""The mount table: which imgfs mounts there are, whether a mountpoint can be used, and taking a mount away.
-
-Facts come from /proc/self/mountinfo (proc_pid_mountinfo(5)). An imgfs is known by its type, `fuse.imgfs`.
-"""
+"""Mountpoints: whether one can be used, whether an imgfs is there (its type is `fuse.imgfs`), taking it away."""
 
 import contextlib
 import ctypes
 import errno
 import logging
 import os
-import re
 import select
 import subprocess
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 from imgfs.config import is_inside
 from imgfs.errors import MountError
+from imgfs.mount_table import mounted_at
 
 log = logging.getLogger(__name__)
 
 FSTYPE = "fuse.imgfs"
 _MNT_DETACH = 2  # umount2(2)
-_ESCAPE = re.compile(r"\\([0-7]{3})")
-
-
-@dataclass(frozen=True, slots=True)
-class Mount:
-    """One line of the mount table."""
-
-    mountpoint: str
-    fstype: str
-    source: str
-
-
-def table() -> list[Mount]:
-    """All mounts, in the order they were made."""
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
-        return [parse(line) for line in lines]
-
-
-def parse(line: str) -> Mount:
-    """One line of mountinfo: the optional fields end at a lone hyphen."""
-    before, _, after = line.rstrip("\n").partition(" - ")
-    fstype, source = after.split(" ")[:2]
-    return Mount(_unescaped(before.split(" ")[4]), fstype, _unescaped(source))
-
-
-def _unescaped(field: str) -> str:
-    return _ESCAPE.sub(lambda match: chr(int(match[1], 8)), field)
-
-
-def mounted_at(mountpoint: str) -> Mount | None:
-    """What is mounted on top at an absolute path."""
-    found = [mount for mount in table() if mount.mountpoint == mountpoint]
-    return found[-1] if found else None
 
 
 def absolute(mountpoint: str) -> str:

@@ -38,10 +38,15 @@ from imgfs.namespace import NOBODY_IN_PARTICULAR, Namespace, Owner
 from imgfs.record import State
 from imgfs.resealing import Resealer
 from imgfs.sealing import Sealer, SealingRules
+from imgfs.watching import Watcher, watch
 
 log = logging.getLogger(__name__)
 
 NEW_IMAGE_MODE = 0o640
+
+
+ImageChanged = Callable[[str | None, bool], None]
+"""Told a name (None: any), and whether the bytes may have changed, not only attributes."""
 
 
 class Readable(Protocol):
@@ -73,7 +78,8 @@ class ImageStore:
         self._namespace = Namespace(self.datadirs, self._new_stream, config.thin_provisioning)
         rules = SealingRules(config.hashing_algo, config.file_perm)
         self._sealer = Sealer(self._pool, rules, self._sealed)
-        self._changed: Callable[[str], None] = lambda _: None
+        self._changed: ImageChanged = lambda _name, _bytes: None
+        self._watcher: Watcher | None = None
         self._resealer = Resealer(self._namespace, self._reseal_here) if config.reseal is Reseal.BACKGROUND else None
 
     def __enter__(self) -> Self:
@@ -86,6 +92,8 @@ class ImageStore:
 
     def close(self) -> None:
         """Finish the seals that need no reading, leave the others stale, and let go of the datadirs."""
+        if self._watcher:
+            self._watcher.close()
         self._sealer.close()
         if self._resealer:
             self._resealer.close()
@@ -93,14 +101,28 @@ class ImageStore:
         for datadir in self.datadirs:
             datadir.close()
 
-    def on_change(self, changed: Callable[[str], None]) -> None:
-        """Have `changed` called with the name of an image after its seal, which sets mode and times."""
+    def on_change(self, changed: ImageChanged) -> bool:
+        """Have `changed` called when an image changes otherwise than by a call: its seal sets mode and times.
+
+        True where changes made directly to a datadir are told, too (inotify(7)).
+        """
         self._changed = changed
+        self._watcher = watch(self.datadirs, self._changed_directly)
+        return self._watcher is not None
 
     def _sealed(self, image: Image) -> None:
         if image.name is not None:
-            self._changed(image.name)
+            self._changed(image.name, False)
         self._namespace.let_go(image)
+
+    def _changed_directly(self, told: dict[str, bool] | None) -> None:
+        """Pass on what may be news; of an image that is written here right now nobody keeps anything."""
+        if told is None:
+            self._changed(None, True)
+            return
+        busy = {image.name for image in self._namespace.live_images() if image.writers or image.sealing}
+        for name in told.keys() - busy:
+            self._changed(name, told[name])
 
     def _new_stream(self) -> DigestStream:
         return DigestStream(self._pool, self.config.hashing_algo)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from imgfs import ImageStore, State, load, mounts
+from imgfs import ImageStore, State, load, mount_table, mounts
 from imgfs.version import VERSION
 from tests.conftest import IMGFS, Mounted, attribute, run, wait_until, write_config
 
@@ -33,7 +33,7 @@ def with_path(place: Path, environment: Mapping[str, str]) -> dict[str, str]:
 
 def detach_all_below(place: Path) -> None:
     """Take away every imgfs that is mounted below a directory; their daemons end by that."""
-    for found in mounts.table():
+    for found in mount_table.table():
         if found.fstype == mounts.FSTYPE and Path(found.mountpoint).is_relative_to(place):
             mounts.detach(found.mountpoint)
 
@@ -47,7 +47,7 @@ def imgfs(tmp_path: Path) -> Iterator[Imgfs]:
         environment = with_path(SOURCES, os.environ if env is None else env)
         done = run(*IMGFS, *arguments, check=False, cwd=tmp_path, env=environment)
         assert "Traceback" not in done.stderr
-        for found in mounts.table():
+        for found in mount_table.table():
             if found.fstype == mounts.FSTYPE and Path(found.mountpoint).is_relative_to(tmp_path):
                 with contextlib.suppress(OSError):
                     daemons.add(daemon_of(Path(found.mountpoint)))
@@ -250,7 +250,7 @@ def test_options_are_passed_on(imgfs: Imgfs, config: Path, tmp_path: Path) -> No
     (tmp_path / "low").mkdir()
     options = "ro,noatime,fsname=my-store,defaults,_netdev,x-systemd.automount"
     assert imgfs("mount", "-o", options, config, "images").returncode == 0
-    found = mounts.mounted_at(str(tmp_path / "images"))
+    found = mount_table.mounted_at(str(tmp_path / "images"))
     assert found is not None
     assert found.source == "my-store"
     with pytest.raises(OSError, match="Read-only"):
@@ -338,7 +338,7 @@ def test_dead_mount_is_cleaned_before_mounting(imgfs: Imgfs, config: Path, dead:
     assert f"{dead} is the mountpoint of an imgfs that died" in done.stderr
     assert (dead / "x").read_bytes() == CONTENT
     assert attribute(dead / "x", "state") == "active"
-    assert len([m for m in mounts.table() if m.mountpoint == str(dead)]) == 1
+    assert len([m for m in mount_table.table() if m.mountpoint == str(dead)]) == 1
 
 
 def test_dead_mount_can_be_unmounted(imgfs: Imgfs, dead: Path) -> None:

@@ -82,7 +82,7 @@ make_venv() {
 }
 
 install_package() { # once, and again when pyproject.toml has changed
-    case $purpose in test) what='.[test,check]' ;; *) what=. ;; esac
+    case $purpose in test) what='.[inotify,test,check]' ;; *) what='.[inotify]' ;; esac
     done_mark=.venv/installed-$purpose
     if [ ! -e "$done_mark" ] || [ pyproject.toml -nt "$done_mark" ]; then
         say "installing imgfs and its requirements into .venv"

@@ -56,6 +56,11 @@ class Nodes:
         """The node of a path, without counting a lookup."""
         return self._by_path.get(path)
 
+    def paths(self) -> list[str]:
+        """The paths that nodes have, but the root's."""
+        with self._lock:
+            return [path for path in self._by_path if path != ROOT_PATH]
+
     def look_up(self, path: str, ino: int | None = None) -> Node:
         """The node of a path, made if need be, with one more lookup counted.
 

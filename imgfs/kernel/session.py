@@ -134,6 +134,22 @@ class KernelSession:
             self._notifier.send(replies.delete(abi.FUSE_ROOT_ID, node.nodeid, os.fsencode(name)))
         self.name_added(name)
 
+    def look_again(self, name: str, ino: int | None, *, data: bool) -> None:
+        """Something happened to a name behind the kernel's back; `ino` is what it leads to now, None: nothing."""
+        node = self._nodes.find(ROOT_PATH + name)
+        if node is None:
+            self.invalidate_root()
+        elif ino is None or node.ino not in (None, ino):
+            self.name_removed(name)
+        else:
+            self.invalidate(name, data=data)
+
+    def look_again_at_all(self) -> None:
+        """Anything may have happened behind the kernel's back."""
+        for path in self._nodes.paths():
+            self.name_removed(path.removeprefix(ROOT_PATH))
+        self.invalidate_root()
+
     def invalidate_root(self) -> None:
         """The listing, or the attributes of the directory itself, changed otherwise than by a request."""
         self._notifier.send(replies.inval_inode(abi.FUSE_ROOT_ID, 0, 0))

@@ -1,0 +1,98 @@
+"""Changes made to datadirs directly, behind imgfs: told by inotify(7), where the filesystem is local.
+
+A `Watcher` tells names, as they change, to whoever keeps something about them. inotify sees imgfs's own changes, too,
+and nothing of what other machines do to a network filesystem; the library for it is an optional requirement
+(`imgfs[inotify]`). Without any of that, what is kept must be kept for a short time only.
+
+Threading: one thread of its own calls `changed`; a burst of changes is told in batches.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from imgfs import names
+from imgfs.datadir import Datadir
+from imgfs.xattrs import proc_path
+
+log = logging.getLogger(__name__)
+
+LOCAL = frozenset(
+    {"bcachefs", "btrfs", "exfat", "ext2", "ext3", "ext4", "f2fs", "jfs", "ntfs3"}
+    | {"overlay", "ramfs", "reiserfs", "tmpfs", "vfat", "xfs", "zfs"}
+)
+"""Filesystems on which nobody but this machine makes changes."""
+BURST_EVENTS = 64
+BURST_PAUSE_SECONDS = 0.02
+_IDLE_MS = 500
+
+Changed = Callable[[dict[str, bool] | None], None]
+"""Told names, each with whether its bytes may have changed; None: anything may have."""
+
+
+def _inotify() -> Any:
+    try:
+        import inotify_simple  # noqa: PLC0415 - optional
+    except ImportError:
+        return None
+    return inotify_simple
+
+
+class Watcher:
+    """Watches the directories of datadirs until it is closed. Raises OSError where inotify has no room for them."""
+
+    def __init__(self, datadirs: Iterable[Datadir], changed: Changed) -> None:
+        self._changed = changed
+        self._library = _inotify()
+        self._inotify = self._library.INotify()
+        flags = self._library.flags
+        self._bytes = flags.MODIFY
+        self._overflow = flags.Q_OVERFLOW
+        mask = flags.CREATE | flags.DELETE | flags.MOVED_FROM | flags.MOVED_TO | flags.MODIFY | flags.ATTRIB
+        for datadir in datadirs:
+            self._inotify.add_watch(proc_path(datadir.fd), mask)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="imgfs-watch", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._closing.set()
+        self._thread.join()
+        self._inotify.close()
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            events = list(self._inotify.read(timeout=_IDLE_MS))
+            if events:
+                self._tell(events)
+            if len(events) > BURST_EVENTS:
+                self._closing.wait(BURST_PAUSE_SECONDS)
+
+    def _tell(self, events: list[Any]) -> None:
+        if any(event.mask & self._overflow for event in events):
+            self._changed(None)
+            return
+        told: dict[str, bool] = {}
+        for event in events:
+            if not names.is_reserved(event.name):
+                told[event.name] = told.get(event.name, False) or bool(event.mask & self._bytes)
+        self._changed(told)
+
+
+def watch(datadirs: Iterable[Datadir], changed: Changed) -> Watcher | None:
+    """A watcher, or None, with the reason in the log, where not all direct changes would be seen."""
+    datadirs = list(datadirs)
+    remote = [datadir for datadir in datadirs if datadir.filesystem_type() not in LOCAL]
+    if remote:
+        log.info("datadir %s is on %s: changes there are not told", remote[0].path, remote[0].filesystem_type())
+        return None
+    if _inotify() is None:
+        log.info("inotify_simple is not installed: direct changes to datadirs are not told")
+        return None
+    try:
+        return Watcher(datadirs, changed)
+    except OSError as error:
+        log.info("direct changes to datadirs are not told: inotify: %s", error)
+        return None
