@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.clients import assert_sealed, attribute, fails_with, md5, new_image
-from tests.conftest import Mounted, run
+from tests.clients import assert_sealed, fails_with, md5, new_image
+from tests.conftest import Mounted, attribute, run
 
 Mount = Callable[..., Mounted]
 RESERVED = [".imgfs", ".imgfs.yaml", ".imgfs-anything"]

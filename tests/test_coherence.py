@@ -12,14 +12,14 @@ from tests.clients import (
     MIB,
     OLD_MTIME_NS,
     assert_sealed,
-    attribute,
     backing_file,
     digest,
     fails_with,
     md5,
     new_image,
+    opened,
 )
-from tests.conftest import Mounted, run, wait_until
+from tests.conftest import Mounted, attribute, run, wait_until
 
 
 @pytest.fixture

@@ -4,13 +4,13 @@ import contextlib
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.clients import MIB, OLD_MTIME_NS, assert_sealed, backing_file, digest, md5, new_image, wait_for_state
-from tests.conftest import WAIT_SECONDS, Mounted, attribute, run, wait_until
+from tests.conftest import WAIT_SECONDS, Mounted, Mounter, attribute, run, wait_until
 
 NAMES = ["a.raw", "b c.qcow2", "cß.iso", "empty"]
 STATUS = ("st_mode", "st_uid", "st_gid", "st_size", "st_mtime_ns")
@@ -34,7 +34,7 @@ def images_in(directory: Path) -> dict[str, tuple[object, ...]]:
     return {f.name: (digest(f), *(getattr(f.stat(), key) for key in STATUS)) for f in files}
 
 
-def test_directory_goes_in_and_out_again(mount: Callable[..., Mounted], plain: Path, tmp_path: Path) -> None:
+def test_directory_goes_in_and_out_again(mount: Mounter, plain: Path, tmp_path: Path) -> None:
     images = mount()
     run("rsync", "-a", f"{plain}/", f"{images.path}/")
     assert images_in(images.path) == images_in(plain)
@@ -44,9 +44,7 @@ def test_directory_goes_in_and_out_again(mount: Callable[..., Mounted], plain: P
     assert images_in(tmp_path / "out") == images_in(plain)
 
 
-def test_images_are_active_with_their_mtimes_although_rsync_sets_those_late(
-    mount: Callable[..., Mounted], plain: Path
-) -> None:
+def test_images_are_active_with_their_mtimes_although_rsync_sets_those_late(mount: Mounter, plain: Path) -> None:
     images = mount()
     run("rsync", "-a", f"{plain}/", f"{images.path}/")
     for name in NAMES:
@@ -55,7 +53,7 @@ def test_images_are_active_with_their_mtimes_although_rsync_sets_those_late(
 
 
 @pytest.mark.parametrize("options", [["-a"], ["-aX"], ["-ac"]], ids="".join)
-def test_second_run_transfers_nothing(mount: Callable[..., Mounted], plain: Path, options: list[str]) -> None:
+def test_second_run_transfers_nothing(mount: Mounter, plain: Path, options: list[str]) -> None:
     images = mount()
     run("rsync", *options, f"{plain}/", f"{images.path}/")
     records = {name: os.getxattr(sealed_file(images / name), "user.imgfs.record") for name in NAMES}
@@ -79,7 +77,7 @@ def sealed_file(image: Path) -> Path:
     ids=lambda place: place,
 )
 def test_attributes_travel_with_images_in_every_direction(
-    mount: Callable[..., Mounted], plain: Path, tmp_path: Path, source: str, target: str
+    mount: Mounter, plain: Path, tmp_path: Path, source: str, target: str
 ) -> None:
     (tmp_path / "copy").mkdir()
     mounted = {name: mount(store_id=name) for name in {source, target} - {"plain"}}
@@ -100,9 +98,7 @@ def test_attributes_travel_with_images_in_every_direction(
             assert Path(attribute(end / name, "datadir")) in mounted[target].datadirs
 
 
-def test_attributes_of_another_store_do_not_become_those_of_a_changed_copy(
-    mount: Callable[..., Mounted], tmp_path: Path
-) -> None:
+def test_attributes_of_another_store_do_not_become_those_of_a_changed_copy(mount: Mounter, tmp_path: Path) -> None:
     one, two = mount(), mount()
     new_image(one / "a")
     assert_sealed(one / "a")
@@ -113,7 +109,7 @@ def test_attributes_of_another_store_do_not_become_those_of_a_changed_copy(
     assert_sealed(two / "a", md5(content))
 
 
-def test_inplace_writes_into_the_old_image(mount: Callable[..., Mounted], tmp_path: Path) -> None:
+def test_inplace_writes_into_the_old_image(mount: Mounter, tmp_path: Path) -> None:
     images = mount()
     content = bytearray(new_image(tmp_path / "a", 2 * MIB))
     run("rsync", "-a", "--inplace", tmp_path / "a", f"{images.path}/")
@@ -128,7 +124,7 @@ def test_inplace_writes_into_the_old_image(mount: Callable[..., Mounted], tmp_pa
 
 
 @pytest.mark.parametrize("tail", [b"", b"end"], ids=["ends in a hole", "ends in bytes"])
-def test_sparse_leaves_holes(mount: Callable[..., Mounted], tmp_path: Path, tail: bytes) -> None:
+def test_sparse_leaves_holes(mount: Mounter, tmp_path: Path, tail: bytes) -> None:
     images = mount()
     content = os.urandom(MIB) + bytes(6 * MIB) + tail
     (tmp_path / "a").write_bytes(content)
@@ -137,7 +133,7 @@ def test_sparse_leaves_holes(mount: Callable[..., Mounted], tmp_path: Path, tail
     assert (images / "a").stat().st_blocks * 512 < 2 * MIB
 
 
-def test_sparse_update_in_place_gives_the_bytes_of_the_source(mount: Callable[..., Mounted], tmp_path: Path) -> None:
+def test_sparse_update_in_place_gives_the_bytes_of_the_source(mount: Mounter, tmp_path: Path) -> None:
     images = mount()
     new_image(images / "a", 4 * MIB)
     assert_sealed(images / "a")
@@ -147,20 +143,19 @@ def test_sparse_update_in_place_gives_the_bytes_of_the_source(mount: Callable[..
     assert_sealed(images / "a", md5(content))
 
 
-def test_preallocate_gives_the_right_bytes_even_where_it_is_not_supported(
-    mount: Callable[..., Mounted], plain: Path
+def test_preallocate_gives_the_right_bytes_and_complains_only_where_it_is_not_supported(
+    mount: Mounter, plain: Path
 ) -> None:
     images = mount()
     said = run("rsync", "-a", "--preallocate", f"{plain}/", f"{images.path}/").stderr.splitlines()
-    assert [line for line in said if not line.endswith("Operation not supported (95)")] == []
+    not_supported = [line for line in said if line.endswith("Operation not supported (95)")]
+    assert said == (not_supported if mount.transport == "fusepy" else [])
     assert images_in(images.path) == images_in(plain)
     for name in NAMES:
         assert_sealed(images / name, digest(plain / name))
 
 
-def test_delayed_updates_want_a_directory_so_the_old_image_stays(
-    mount: Callable[..., Mounted], tmp_path: Path
-) -> None:
+def test_delayed_updates_want_a_directory_so_the_old_image_stays(mount: Mounter, tmp_path: Path) -> None:
     images = mount()
     content = new_image(images / "a")
     assert_sealed(images / "a", md5(content))
@@ -201,9 +196,7 @@ def assert_nothing_is_active_and_wrong(images: Mounted) -> None:
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL], ids=lambda how: how.name)
-def test_interrupted_rsync_leaves_no_image_of_that_name(
-    mount: Callable[..., Mounted], tmp_path: Path, how: signal.Signals
-) -> None:
+def test_interrupted_rsync_leaves_no_image_of_that_name(mount: Mounter, tmp_path: Path, how: signal.Signals) -> None:
     images = mount()
     content = new_image(tmp_path / "big", 8 * MIB)
     with slow_rsync(tmp_path / "big", images) as rsync:
@@ -217,9 +210,7 @@ def test_interrupted_rsync_leaves_no_image_of_that_name(
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL], ids=lambda how: how.name)
-def test_interrupted_rsync_leaves_the_old_image_active(
-    mount: Callable[..., Mounted], tmp_path: Path, how: signal.Signals
-) -> None:
+def test_interrupted_rsync_leaves_the_old_image_active(mount: Mounter, tmp_path: Path, how: signal.Signals) -> None:
     images = mount()
     old = new_image(images / "big", 1000)
     assert_sealed(images / "big", md5(old))
@@ -233,7 +224,7 @@ def test_interrupted_rsync_leaves_the_old_image_active(
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL], ids=lambda how: how.name)
 def test_interrupted_inplace_rsync_leaves_no_record_of_other_bytes(
-    mount: Callable[..., Mounted], tmp_path: Path, how: signal.Signals
+    mount: Mounter, tmp_path: Path, how: signal.Signals
 ) -> None:
     images = mount()
     old = new_image(images / "big", 8 * MIB)
