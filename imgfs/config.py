@@ -271,7 +271,7 @@ class _Loader:
                 self._repeated(where, datadir, same)
                 continue
             for other, config in seen.items():
-                if is_inside(real, other) or is_inside(other, real):
+                if Path(real).is_relative_to(other) or Path(other).is_relative_to(real):
                     self._add(where, f"{datadir.path} and {config.path} lie one inside the other")
             seen[real] = datadir
             yield where, datadir
@@ -323,11 +323,6 @@ class _Loader:
 
     def _absolute(self, path: str) -> str:
         return os.path.abspath(self.file.parent / path)
-
-
-def is_inside(path: str, directory: str) -> bool:
-    """Whether a path is a directory or lies below it, by whole components (both absolute and normal)."""
-    return Path(path).is_relative_to(directory)
 
 
 def _dotted(path: yaml_document.Path) -> str:

@@ -15,6 +15,8 @@ class Mount:
     mountpoint: str
     fstype: str
     source: str
+    device: str
+    """MAJOR:MINOR"""
 
 
 def table() -> list[Mount]:
@@ -27,7 +29,8 @@ def parse(line: str) -> Mount:
     """One line of mountinfo: the optional fields end at a lone hyphen."""
     before, _, after = line.rstrip("\n").partition(" - ")
     fstype, source = after.split(" ")[:2]
-    return Mount(_unescaped(before.split(" ")[4]), fstype, _unescaped(source))
+    fields = before.split(" ")
+    return Mount(_unescaped(fields[4]), fstype, _unescaped(source), fields[2])
 
 
 def _unescaped(field: str) -> str:

@@ -10,14 +10,13 @@ import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
-from imgfs.config import is_inside
 from imgfs.errors import MountError
 from imgfs.mount_table import mounted_at
 
 log = logging.getLogger(__name__)
 
 FSTYPE = "fuse.imgfs"
-_MNT_DETACH = 2  # umount2(2)
+_MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8  # umount2(2)
 
 
 def absolute(mountpoint: str) -> str:
@@ -38,7 +37,7 @@ def prepare(mountpoint: str, datadirs: Iterable[str]) -> str:
     if mount is not None and mount.fstype == FSTYPE:
         raise MountError(f"an imgfs is mounted at {path} already; unmount it first: imgfs umount {path}")
     for datadir in map(os.path.realpath, datadirs):
-        if is_inside(datadir, path) or is_inside(path, datadir):
+        if Path(datadir).is_relative_to(path) or Path(path).is_relative_to(datadir):
             raise MountError(f"mountpoint {path} and datadir {datadir} lie one inside the other; move one of them")
     _require_empty_directory(path)
     return path
@@ -73,7 +72,7 @@ def _require_empty_directory(path: str) -> None:
 
 def detach(path: str) -> None:
     """Unmount lazily: the name goes at once, the mount with its last user."""
-    _unmount(path, lazy=True)
+    take_away(path, lazy=True)
 
 
 def unmount(path: str, lazy: bool = False) -> None:
@@ -86,7 +85,7 @@ def unmount(path: str, lazy: bool = False) -> None:
         daemon = _daemon_of(path)
         if daemon is not None:
             stack.callback(os.close, daemon)
-        _unmount(path, lazy)
+        take_away(path, lazy)
         if daemon is not None and not lazy:
             select.select([daemon], [], [])
 
@@ -99,24 +98,27 @@ def _daemon_of(path: str) -> int | None:
         return None
 
 
-def _unmount(path: str, lazy: bool) -> None:
+def take_away(path: str, lazy: bool) -> None:
+    """umount2(2), or fusermount where that takes privileges; raises MountError, EBUSY while it is in use."""
     if os.geteuid() == 0:
         libc = ctypes.CDLL(None, use_errno=True)
-        if libc.umount2(os.fsencode(path), _MNT_DETACH if lazy else 0) != 0:
-            raise _refused(path, os.strerror(ctypes.get_errno()))
-        return
+        if libc.umount2(os.fsencode(path), (_MNT_DETACH if lazy else 0) | _UMOUNT_NOFOLLOW) == 0:
+            return
+        code = ctypes.get_errno()
+        if code != errno.EPERM:
+            raise _refused(path, os.strerror(code), code)
     for program in ("fusermount3", "fusermount"):
         with contextlib.suppress(FileNotFoundError):
             options = ["-u", "-z"] if lazy else ["-u"]
             done = subprocess.run([program, *options, "--", path], capture_output=True, text=True, check=False)
             if done.returncode != 0:
-                raise _refused(path, done.stderr.strip().splitlines()[-1] if done.stderr else "refused")
+                raise _refused(path, done.stderr.strip().splitlines()[-1] if done.stderr else "refused", errno.EBUSY)
             return
-    raise _refused(path, "neither root nor a fusermount program to ask")
+    raise _refused(path, "neither root nor a fusermount program to ask", errno.EPERM)
 
 
-def _refused(path: str, reason: str) -> MountError:
-    return MountError(f"{path} can't be unmounted: {reason}; close what uses it, or detach it with --lazy")
+def _refused(path: str, reason: str, code: int) -> MountError:
+    return MountError(f"{path} can't be unmounted: {reason}; close what uses it, or detach it with --lazy", code)
 
 
 def is_imgfs(path: str | Path) -> bool:

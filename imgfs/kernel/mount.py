@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from imgfs import mount_table
 from imgfs.errors import MountError
 from imgfs.kernel import device
 
@@ -24,8 +25,6 @@ MS_NOSUID = 1 << 1
 MS_NODEV = 1 << 2
 
 MNT_FORCE = 1 << 0
-MNT_DETACH = 1 << 1
-UMOUNT_NOFOLLOW = 1 << 3
 
 # Options of mount(8) that are flags of mount(2): (set, cleared).
 _FLAGS = {
@@ -83,27 +82,13 @@ def mount(mountpoint: Path, options: MountOptions) -> int:
         return _mount_with_fusermount(mountpoint, options)
 
 
-def unmount(mountpoint: Path, *, lazy: bool = False) -> None:
-    """Take the mount away; EBUSY while it is in use, unless `lazy`. Raises `MountError`."""
-    if os.geteuid() == 0 and _umount2(mountpoint, MNT_DETACH if lazy else 0):
-        return
-    command = [fusermount() or "fusermount3", "-u", *(["-z"] if lazy else []), "--", str(mountpoint)]
-    _run(command, f"{mountpoint} can't be unmounted")
-
-
 def connection_number(mountpoint: Path) -> int | None:
     """The minor device number of the mount, which names it under /sys/fs/fuse/connections.
 
-    Read from /proc/self/mountinfo (proc(5)): asking the file system itself would take an answer from it.
+    From the mount table: asking the filesystem itself would take an answer from it.
     """
-    wanted = "".join(f"\\{ord(char):03o}" if char in " \t\n\\" else char for char in str(mountpoint))
-    found = None
-    with Path("/proc/self/mountinfo").open(encoding="utf-8", errors="surrogateescape") as lines:
-        for line in lines:
-            fields = line.split(" ")
-            if fields[4] == wanted:
-                found = int(fields[2].partition(":")[2])
-    return found
+    mounted = mount_table.mounted_at(str(mountpoint))
+    return int(mounted.device.partition(":")[2]) if mounted else None
 
 
 def set_readahead(connection: int, size_bytes: int) -> bool:
@@ -190,13 +175,3 @@ def _sys_mount(source: str, target: Path, kind: str, flags: int, data: str) -> N
     if _libc.mount(*arguments, ctypes.c_ulong(flags), os.fsencode(data)):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
-
-
-def _umount2(target: Path, flags: int) -> bool:
-    """umount2(2), without following a symlink; False where it takes more privileges."""
-    if not _libc.umount2(os.fsencode(target), flags | UMOUNT_NOFOLLOW):
-        return True
-    code = ctypes.get_errno()
-    if code == errno.EPERM:
-        return False
-    raise MountError(f"{target} can't be unmounted: {os.strerror(code)}", errno=code)
