@@ -79,9 +79,13 @@ def _mount(parsed: argparse.Namespace) -> int:
     if parsed.foreground:
         return _serve(request, lambda: log.info("mounted"))
     handler, form = _background_log(Path(parsed.log_file).absolute() if parsed.log_file else None)
-    return daemon.in_background(
-        lambda ready: _serve(request, ready), request.mountpoint, lambda: _log_to(handler, form, parsed.verbose)
-    )
+
+    def log_in_background() -> None:
+        if isinstance(handler, logging.NullHandler):
+            log.warning("there is no syslog here: the daemon's log is lost; give --log-file to keep it")
+        _log_to(handler, form, parsed.verbose)
+
+    return daemon.in_background(lambda ready: _serve(request, ready), request.mountpoint, log_in_background)
 
 
 def _serve(request: daemon.MountRequest, ready: Callable[[], None]) -> int:
@@ -111,7 +115,6 @@ def _background_log(log_file: Path | None) -> tuple[logging.Handler, str]:
     if Path(SYSLOG).exists():
         facility = logging.handlers.SysLogHandler.LOG_DAEMON
         return logging.handlers.SysLogHandler(SYSLOG, facility), "imgfs[%(process)d]: %(levelname)s: %(message)s"
-    log.warning("there is no syslog here: the daemon's log is lost; give --log-file to keep it")
     return logging.NullHandler(), "%(message)s"
 
 

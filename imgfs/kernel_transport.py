@@ -4,9 +4,11 @@ It joins a `KernelSession` to the operations and the store: signals end the sess
 its own (permissions and times of a sealed image) the kernel is told.
 """
 
+import contextlib
+import os
 import signal
-from collections.abc import Callable
-from types import FrameType
+import threading
+from collections.abc import Callable, Iterator
 
 from imgfs.fuse_ops import ImageOperations
 from imgfs.kernel import KernelSession, MountOptions, RequestContext, why_unavailable
@@ -69,12 +71,8 @@ class KernelTransport:
         session.mount()
         self._session = session
 
-        def stop(_number: int, _frame: FrameType | None) -> None:
-            session.stop()
-
-        for number in _SIGNALS:
-            signal.signal(number, stop)
-        session.run(ready)
+        with _on_signals(session.stop):
+            session.run(ready)
 
     def _changed(self, name: str | None, data: bool) -> None:
         """Make the kernel forget what it keeps of a changed image."""
@@ -84,10 +82,40 @@ class KernelTransport:
             self._session.look_again_at_all()
             return
         try:
-            ino = self._operations("getattr", f"/{name}", None)["st_ino"]
+            status = self._operations("getattr", f"/{name}", None)
         except OSError:
-            ino = None
-        self._session.look_again(name, ino, data=data)
+            self._session.look_again(name, None, data=data)
+        else:
+            self._session.look_again(name, status["st_ino"], links=status["st_nlink"], data=data)
+
+
+@contextlib.contextmanager
+def _on_signals(stop: Callable[[], None]) -> Iterator[None]:
+    """Call `stop` when a signal comes.
+
+    Python runs a handler in the main thread only, which sleeps on while the kernel gives the signal to another one;
+    the wake-up descriptor is written to in whichever it is (signal.set_wakeup_fd).
+    """
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    before = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
+    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+
+    def wait() -> None:
+        if os.read(read_end, 1):
+            stop()
+
+    waiter = threading.Thread(target=wait, name="imgfs-signals", daemon=True)
+    waiter.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(-1)
+        os.close(write_end)
+        waiter.join()
+        os.close(read_end)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _mount_options(allow_other: bool, options: dict[str, str | bool]) -> MountOptions:

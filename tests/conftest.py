@@ -69,7 +69,7 @@ class Mounted:
         """Unmount, wait for the daemon; its exit code."""
         if self.daemon.poll() is None:
             if mounts.is_imgfs(self.path):
-                run(*IMGFS, "umount", self.path)
+                mounts.unmount(str(self.path))
             return self.daemon.wait(WAIT_SECONDS)
         return self.daemon.returncode
 

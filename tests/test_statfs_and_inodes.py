@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.clients import MIB, OLD_MTIME_NS, assert_sealed, backing_file, fill, new_image, run_as
-from tests.conftest import Mounter, run
+from tests.conftest import Mounter, run, wait_until
 
 Filesystem = Callable[..., Path]
 SPACE = ("f_blocks", "f_bfree", "f_bavail")
@@ -147,7 +147,7 @@ def test_hard_link_in_a_datadir_is_counted(mount: Mounter) -> None:
     images = mount()
     new_image(images / "a")
     (images.datadirs[0] / "b").hardlink_to(images.datadirs[0] / "a")
-    assert (images / "a").stat().st_nlink == 2
+    wait_until(lambda: (images / "a").stat().st_nlink == 2)
     assert os.path.samefile(images / "a", images / "b")
 
 

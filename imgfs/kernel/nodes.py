@@ -56,6 +56,11 @@ class Nodes:
         """The node of a path, without counting a lookup."""
         return self._by_path.get(path)
 
+    def of_file(self, ino: int | None) -> list[Node]:
+        """The nodes that were looked up for a file; more than one where it has several names."""
+        with self._lock:
+            return [node for node in self._by_id.values() if node.ino == ino]
+
     def paths(self) -> list[str]:
         """The paths that nodes have, but the root's."""
         with self._lock:

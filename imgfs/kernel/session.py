@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from imgfs import mounts
 from imgfs.errors import MountError
 from imgfs.kernel import abi, mount, negotiation, replies, requests
 from imgfs.kernel.context import RequestContext
@@ -85,7 +86,7 @@ class KernelSession:
             agreed = self._handshake()
         except UnsupportedProtocol as error:
             self._device.close()
-            mount.unmount(self.mountpoint, lazy=True)
+            mounts.detach(str(self.mountpoint))
             raise MountError(f"{self.mountpoint} can't be mounted: {error.strerror}", error.errno) from None
         self._device.resize(agreed.max_write)
         self.passthrough = agreed.passthrough
@@ -104,9 +105,9 @@ class KernelSession:
     def stop(self) -> None:
         """Unmount; if files are open on it, whoever has them open gets ENOTCONN from now on."""
         try:
-            mount.unmount(self.mountpoint)
-        except MountError as error:
-            log.warning("%s; it ends all the same", error)
+            mounts.take_away(str(self.mountpoint), lazy=False)
+        except MountError:
+            log.warning("%s is in use; it ends all the same", self.mountpoint)
             self.abort()
 
     def abort(self) -> None:
@@ -134,11 +135,16 @@ class KernelSession:
             self._notifier.send(replies.delete(abi.FUSE_ROOT_ID, node.nodeid, os.fsencode(name)))
         self.name_added(name)
 
-    def look_again(self, name: str, ino: int | None, *, data: bool) -> None:
-        """Something happened to a name behind the kernel's back; `ino` is what it leads to now, None: nothing."""
+    def look_again(self, name: str, ino: int | None, *, links: int = 1, data: bool) -> None:
+        """Something happened to a name behind the kernel's back; `ino` is what it leads to now, None: nothing.
+
+        `links` is the number of names that the file has: a new one is news for the others.
+        """
         node = self._nodes.find(ROOT_PATH + name)
         if node is None:
             self.invalidate_root()
+            for other in self._nodes.of_file(ino) if links > 1 else ():
+                self._notifier.send(replies.inval_inode(other.nodeid, -1, 0))
         elif ino is None or node.ino not in (None, ino):
             self.name_removed(name)
         else:
@@ -169,7 +175,7 @@ class KernelSession:
         number = mount.connection_number(self.mountpoint)
         if number is not None and number == self._connection:
             try:
-                mount.unmount(self.mountpoint, lazy=True)
+                mounts.detach(str(self.mountpoint))
             except MountError as error:
                 log.warning("%s", error)
 

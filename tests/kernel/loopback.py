@@ -49,6 +49,9 @@ class Loopback:
                 return value
         return getattr(self, op)(*args)
 
+    def destroy(self, path: str) -> None:
+        """Nothing is to be finished."""
+
     def _name(self, path: str | None) -> str:
         assert path is not None
         return path[1:] or "."
