@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from imgfs import record
-from imgfs.datadir import Datadir
+from imgfs.datadir import FULL_ERRNOS, Datadir
 from imgfs.errors import ImageFailed, Interrupted, NotPermitted
 from imgfs.hashing import DigestStream
 from imgfs.linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, fallocate
@@ -66,6 +66,7 @@ class Image:
         self.is_new = False  # created here: its directory entry is not on stable storage yet
         self.changes = 0  # guarded by change_lock: counts changes of the bytes
         self.mtime_ns = 0  # guarded by change_lock: as imgfs's own changes left it
+        self.lacking_at: int | None = None  # guarded by change_lock: the offset of a write that found no room
         self.expectations = Expectations()  # guarded by change_lock
         self._stream: DigestStream | None = None  # guarded by change_lock
         self._new_stream = new_stream
@@ -140,8 +141,14 @@ class Image:
             self._before_change()
             try:
                 written = self._write_all(data, offset)
+            except OSError as error:
+                if error.errno in FULL_ERRNOS:
+                    self.lacking_at = offset
+                raise
             finally:
                 self._after_change()
+            if self.lacking_at is not None and offset <= self.lacking_at < offset + written:
+                self.lacking_at = None
             if self._stream is not None:
                 self._stream.write(offset, memoryview(data)[:written])
         return written
@@ -155,6 +162,8 @@ class Image:
                 os.ftruncate(fd, size)
             finally:
                 self._after_change()
+            if self.lacking_at is not None and size <= self.lacking_at:
+                self.lacking_at = None
             if size == 0 and self._stream is None:
                 self._stream = self._new_stream()
             elif self._stream is not None:

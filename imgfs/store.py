@@ -43,6 +43,7 @@ from imgfs.watching import Watcher, watch
 log = logging.getLogger(__name__)
 
 NEW_IMAGE_MODE = 0o640
+LONG_GAP_BYTES = 64 << 20  # takes 0.1 s to hash; a writer does not wait for more, the image is read again
 
 
 ImageChanged = Callable[[str | None, bool], None]
@@ -125,7 +126,7 @@ class ImageStore:
             self._changed(name, told[name])
 
     def _new_stream(self) -> DigestStream:
-        return DigestStream(self._pool, self.config.hashing_algo)
+        return DigestStream(self._pool, self.config.hashing_algo, LONG_GAP_BYTES)
 
     # --- the namespace ---
 
@@ -225,10 +226,17 @@ class ImageStore:
 
     def close_handle(self, handle: Handle, complete: bool = True) -> None:
         """Close an open image; the last writer to go has it sealed, unless what it wrote is not `complete`."""
-        if handle.close(complete):
-            self._sealer.seal(handle.image)
+        image = handle.image
+        if not handle.close(complete):
+            self._namespace.let_go(image)
+            return
+        if image.is_new and image.lacking_at is not None:
+            log.error("image %r is removed: %s was full before all of it was written", image.name, image.datadir.path)
+            self._namespace.discard(image)
+            image.end_sealing(for_good=True)
+            self._namespace.let_go(image)
         else:
-            self._namespace.let_go(handle.image)
+            self._sealer.seal(image)
 
     def truncate(self, handle: Handle, size: int) -> None:
         """ftruncate(2); on an empty new image the size counts as a declared one, too (for its placement)."""

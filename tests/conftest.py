@@ -182,12 +182,19 @@ def filesystem(tmp_path: Path) -> Iterator[Callable[..., Path]]:
                     file.truncate(mib << 20)
                 run(f"mkfs.{kind}", *(["-q", "-m", "0"] if kind == "ext4" else ["-q"]), disk)
                 run("mount", "-o", f"loop,{options}", disk, place)
-            stack.callback(run, "umount", place)
+            stack.callback(_unmount_filesystem, place)
             shutil.rmtree(place / "lost+found", ignore_errors=True)
             place.chmod(0o755)
             return place
 
         yield make
+
+
+def _unmount_filesystem(place: Path) -> None:
+    """Unmount it; if somebody still uses it, the test fails, but nothing is left behind."""
+    if run("umount", place, check=False).returncode != 0:
+        run("umount", "--lazy", place)
+        pytest.fail(f"{place} was still in use at the end")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,65 @@
+"""A disk that fills up in the middle of a write: the writer is told, and no plausible short image stays behind."""
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Mounter, attribute, run, wait_until
+
+MIB = 1 << 20
+
+
+def settled(image: Path) -> str:
+    """The state once the image is sealed."""
+    attribute(image, "checksum")
+    return attribute(image, "state")
+
+
+@pytest.fixture
+def small(filesystem: Callable[..., Path]) -> Path:
+    return filesystem("tmpfs", 8)
+
+
+def test_image_that_found_no_room_is_removed_with_its_last_close(small: Path, mount: Mounter, tmp_path: Path) -> None:
+    images = mount([small])
+    images.expect_warning("is removed: .* was full")
+    (images / "before").write_bytes(b"kept")
+    (tmp_path / "big").write_bytes(os.urandom(12 * MIB))
+    done = run("cp", tmp_path / "big", images / "big", check=False)
+    assert done.returncode == 1
+    assert "No space left" in done.stderr
+    wait_until(lambda: os.listdir(images.path) == ["before"], "the removal")
+    assert settled(images / "before") == "active"
+    wait_until(lambda: os.statvfs(small).f_bavail * 4096 > 7 * MIB, "the room")
+    (images / "after").write_bytes(b"room again")
+    assert settled(images / "after") == "active"
+
+
+def test_writer_that_finds_room_after_all_keeps_its_image(small: Path, mount: Mounter) -> None:
+    images = mount([small])
+    (images / "other").write_bytes(bytes(4 * MIB))
+    with open(images / "x", "wb", buffering=0) as file:
+        written = 0
+        with pytest.raises(OSError) as caught:
+            while True:
+                written += file.write(os.urandom(MIB // 2))
+        assert caught.value.errno == errno.ENOSPC
+        (images / "other").unlink()
+        while written < 6 * MIB:
+            written += file.write(os.urandom(MIB // 2))
+    assert settled(images / "x") == "active"
+    assert (images / "x").stat().st_size == written
+
+
+def test_image_that_was_complete_is_not_removed_for_want_of_room(small: Path, mount: Mounter) -> None:
+    images = mount([small])
+    (images / "x").write_bytes(bytes(MIB))
+    assert settled(images / "x") == "active"
+    with open(images / "x", "ab", buffering=0) as file, pytest.raises(OSError):
+        while True:
+            file.write(os.urandom(MIB))
+    assert settled(images / "x") == "active"
+    assert (images / "x").stat().st_size >= MIB
