@@ -221,10 +221,14 @@ class HashPool:
 
 
 class DigestStream:
-    """The digests of one image while its bytes arrive; `broken` once they did not arrive in order."""
+    """The digests of one image while its bytes arrive; `broken` once they did not arrive in order.
 
-    def __init__(self, pool: HashPool, algo: str) -> None:
+    With `max_gap` (bytes), a longer gap breaks it, too: whoever writes would have to wait until it is hashed.
+    """
+
+    def __init__(self, pool: HashPool, algo: str, max_gap: int | None = None) -> None:
         self._pool = pool
+        self._max_gap = max_gap
         self._algo = algo
         self._start()
 
@@ -235,10 +239,13 @@ class DigestStream:
         self.broken = False
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
-        """Take bytes written at `offset`; a gap before them counts as zeros, a step back breaks the stream."""
+        """Take bytes written at `offset`; a gap before them counts as zeros.
+
+        A step back breaks the stream, and so does a gap of more than `max_gap` bytes.
+        """
         if self.broken or not len(data):
             return
-        if offset < self._position:
+        if offset < self._position or (self._max_gap is not None and offset - self._position > self._max_gap):
             self.break_off()
             return
         self._skip_to(offset)
