@@ -166,6 +166,11 @@ class HashPool:
                 self._progress.wait(STOP_SECONDS)
             return not any(lane.failed for lane in lanes)
 
+    def queued_hole_bytes(self, lanes: list[_Lane]) -> int:
+        """The length of the holes that wait to be hashed, in the lane that is furthest behind."""
+        with self._lock:
+            return max(sum(c.length for c in lane.chunks if isinstance(c, Hole)) for lane in lanes)
+
     def drop(self, lanes: list[_Lane]) -> None:
         """Forget what is queued for the lanes."""
         with self._lock:
@@ -223,7 +228,7 @@ class HashPool:
 class DigestStream:
     """The digests of one image while its bytes arrive; `broken` once they did not arrive in order.
 
-    With `max_gap` (bytes), a longer gap breaks it, too: whoever writes would have to wait until it is hashed.
+    With `max_gap` (bytes), longer gaps break it, too: whoever writes would have to wait until they are hashed.
     """
 
     def __init__(self, pool: HashPool, algo: str, max_gap: int | None = None) -> None:
@@ -241,11 +246,11 @@ class DigestStream:
     def write(self, offset: int, data: bytes | memoryview) -> None:
         """Take bytes written at `offset`; a gap before them counts as zeros.
 
-        A step back breaks the stream, and so does a gap of more than `max_gap` bytes.
+        A step back breaks the stream, and so do gaps of more than `max_gap` bytes that are yet to be hashed.
         """
         if self.broken or not len(data):
             return
-        if offset < self._position or (self._max_gap is not None and offset - self._position > self._max_gap):
+        if offset < self._position or self._too_long(offset - self._position):
             self.break_off()
             return
         self._skip_to(offset)
@@ -278,6 +283,11 @@ class DigestStream:
             return None
         checksum, value = (self._by_algo[algo].state.hexdigest() for algo in (CHECKSUM_ALGO, self._algo))
         return Digests(size, checksum, self._algo, value)
+
+    def _too_long(self, gap: int) -> bool:
+        if not gap or self._max_gap is None:
+            return False
+        return gap + self._pool.queued_hole_bytes(self._lanes) > self._max_gap
 
     def _skip_to(self, offset: int) -> None:
         if offset > self._position:

@@ -17,6 +17,8 @@ from tests.conftest import wait_until
 MIB = 1 << 20
 CONTENT = random.Random(7).randbytes(5 * MIB + 123)
 
+MIB_OF_GAPS = 32 << 20
+
 
 def digests_by_hashlib(content: bytes, algo: str = "sha512") -> Digests:
     """What the digests of these bytes must be."""
@@ -367,3 +369,22 @@ def test_algorithms_are_asked_for_as_checksums(stream: DigestStream, monkeypatch
     monkeypatch.setattr(hashlib, "new", watched)
     stream.truncate(0)
     assert asked == [("md5", {"usedforsecurity": False}), ("sha512", {"usedforsecurity": False})]
+
+
+def test_writer_does_not_wait_for_many_long_gaps(pool: HashPool) -> None:
+    stream = DigestStream(pool, "sha512", max_gap=MIB_OF_GAPS)
+    for number in range(64):
+        stream.write(number * MIB_OF_GAPS, b"data")
+    assert stream.broken
+    assert stream.finish(64 * MIB_OF_GAPS) is None
+
+
+def test_short_gaps_do_not_break_a_stream(pool: HashPool) -> None:
+    stream = DigestStream(pool, "sha512", max_gap=MIB_OF_GAPS)
+    content = bytearray(4 * 8192)
+    for number in range(4):
+        stream.write(number * 8192, b"data")
+        content[number * 8192 : number * 8192 + 4] = b"data"
+    digests = stream.finish(len(content))
+    assert digests is not None
+    assert digests.checksum == hashlib.md5(content).hexdigest()
