@@ -200,9 +200,14 @@ class Namespace:
         before, old = image.status(), image.datadir
         mode, owner = stat.S_IMODE(before.st_mode), Owner(before.st_uid, before.st_gid)
         datadir, fd = self._create_in(fitting, image.name, mode, owner)
-        for attribute in old.xattrs.list(image.path_fd):
-            if attribute.startswith("user."):
-                datadir.xattrs.set(fd, attribute, old.xattrs.get(image.path_fd, attribute))
+        try:
+            for attribute in old.xattrs.list(image.path_fd):
+                if attribute.startswith("user."):
+                    datadir.xattrs.set(fd, attribute, old.xattrs.get(image.path_fd, attribute))
+        except BaseException:
+            os.close(fd)
+            datadir.unlink(image.name)
+            raise
         old.xattrs.forget(image.path_fd)
         with self._table_lock:
             del self._live[image.key]
