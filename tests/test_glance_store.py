@@ -114,10 +114,11 @@ def test_full_store_is_told_as_storage_full_and_leaves_nothing(
 ) -> None:
     below = filesystem("tmpfs", 8)
     images = mount([below / "a"])
+    images.expect_warning("image 'an-id' is removed: .* was full")
     fill(below, 2 * MIB)
     with pytest.raises(exceptions.StorageFull):
         add(configure(images.path), "an-id", os.urandom(4 * MIB), 0)
-    assert os.listdir(images.path) == []
+    wait_until(lambda: os.listdir(images.path) == [], "the removal")
 
 
 def test_file_perm_of_the_driver_and_thin_provisioning_work(

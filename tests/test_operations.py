@@ -308,8 +308,9 @@ def test_full_store_is_enospc(filesystem: Callable[..., Path], serve: Callable[.
     written = ops("write", "/x", bytes(8 << 20), 0, fh)
     assert written < 8 << 20
     assert code(ops, "write", "/x", bytes(1 << 20), written, fh) == "ENOSPC"
-    ops("release", "/x", fh)
     assert code(ops, "create", "/y", 0o600) == "ENOSPC"
+    ops("release", "/x", fh)
+    assert code(ops, "getattr", "/x") == "ENOENT"
 
 
 def test_image_that_failed_is_eio_to_read(ops: ImageOperations) -> None:

@@ -216,5 +216,5 @@ def test_write_beyond_the_room_fails_and_says_so(filesystem: Filesystem, mount: 
     assert "No space left on device" in done.stderr
     images.expect_warning("image 'a' is removed: .* was full")
     wait_until(lambda: not (images / "a").exists())
-    wait_until(lambda: os.statvfs(images.datadirs[0]).f_bavail * 4096 > 5 * MIB)
+    wait_until(lambda: os.statvfs(images.datadirs[0]).f_bavail * 4096 > 3 * MIB / 2)
     assert_sealed(images / "b", md5(new_image(images / "b", MIB)))
