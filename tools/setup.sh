@@ -19,12 +19,17 @@ run|getfattr|attr|attr|attr
 test|rsync|rsync|rsync|rsync
 test|qemu-img|qemu-utils|qemu-img|qemu-img
 test|mkfs.ext4|e2fsprogs|e2fsprogs|e2fsprogs
+test|mkfs.xfs|xfsprogs|xfsprogs|xfsprogs
 test|setpriv|util-linux|util-linux|util-linux
+test|mount|mount|util-linux|util-linux
+test|gcc|gcc|gcc|gcc
+test|/usr/include/linux/fuse.h|linux-libc-dev|kernel-headers|linux-api-headers
 LIST
 }
 
 present() {
     case $1 in
+        /*) [ -e "$1" ] ;;
         lib*.so.*) PATH=$PATH:/sbin:/usr/sbin ldconfig -p 2>/dev/null | grep -q "$1" ;;
         *) PATH=$PATH:/sbin:/usr/sbin has "$1" ;;
     esac
