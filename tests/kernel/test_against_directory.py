@@ -14,10 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from tests.kernel.conftest import Mount
 
-pytestmark = [
-    pytest.mark.mount,
-    pytest.mark.skipif(os.geteuid() != 0 or not os.access("/dev/fuse", os.R_OK), reason="needs root and /dev/fuse"),
-]
+pytestmark = pytest.mark.mount
 NAMES = st.sampled_from(["a", "b", "c"])
 OFFSETS = st.integers(0, 20_000)
 MOST_OPEN = 6
