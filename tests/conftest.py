@@ -118,13 +118,13 @@ class Mounter:
 
     def finish(self) -> None:
         """Unmount everything; then look into the logs."""
-        codes = [mounted.unmount() for mounted in self._mounted]
+        codes = [mounted.unmount() for mounted in reversed(self._mounted)]
         assert codes == [0] * len(codes), [mounted.log.read_text(errors="replace") for mounted in self._mounted]
         assert [line for mounted in self._mounted for line in mounted.unexpected_log_lines()] == []
 
     def clean_up(self) -> None:
         """Whatever happened: leave nothing."""
-        for mounted in self._mounted:
+        for mounted in reversed(self._mounted):
             if mounted.daemon.poll() is None:
                 mounted.daemon.kill()
                 mounted.daemon.wait()
