@@ -8,6 +8,7 @@ cached pages are kept from one open to the next only if size and mtime are uncha
 """
 
 import codecs
+import ctypes
 import os
 from collections.abc import Callable
 from typing import Any
@@ -64,8 +65,10 @@ class FusepyTransport:
         return uid, gid, pid
 
     def interrupted(self) -> bool:
-        """Whether they were interrupted meanwhile (libfuse's `intr`)."""
-        return bool(self._fuse._libfuse.fuse_interrupted())
+        """Whether they were interrupted meanwhile (libfuse's `intr`), or the mount is ending: nobody reads then."""
+        library = self._fuse._libfuse
+        session = ctypes.c_void_p(library.fuse_get_context().contents.fuse)
+        return bool(library.fuse_interrupted() or library.fuse_exited(session))
 
     def describe(self) -> str:
         """What `user.imgfs.transport` shows."""
