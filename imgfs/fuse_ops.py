@@ -111,15 +111,16 @@ class ImageOperations:
         """The mount is about to answer."""
         self._ready()
 
-    def destroy(self, _path: str) -> None:
+    def destroy(self, _path: str, cut_off: bool = False) -> None:
         """The mount is gone. What was left open and is complete is sealed, what was being written stays stale.
 
-        (A release that is under way when the mount goes never reaches the daemon.)
+        A release that is under way when the mount goes never reaches the daemon; so a handle that was flushed after
+        its last write counts as closed, unless the transport knows that it was `cut_off` from open files.
         """
         with self._lock:
             handles, self._handles = list(self._handles.values()), {}
         for handle in handles:
-            self._store.close_handle(handle, complete=not handle.unflushed)
+            self._store.close_handle(handle, complete=not (cut_off or handle.unflushed))
 
     # --- which image ---
 

@@ -222,9 +222,12 @@ class Filesystem:
             self._handles.remove(request.fh)
         return b""
 
-    def destroy(self) -> None:
-        """The mount is gone: the operations are told before what was left open is released."""
-        self._call("destroy", ROOT_PATH)
+    def destroy(self, cut_off: bool) -> None:
+        """The mount is gone: the operations are told before what was left open is released.
+
+        `cut_off`: it was ended though files were open on it.
+        """
+        self._call("destroy", ROOT_PATH, cut_off)
 
     def release_all(self) -> list[Exception]:
         """Release what the kernel left open when the connection ended; gives what went wrong."""

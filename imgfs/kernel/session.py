@@ -76,6 +76,7 @@ class KernelSession:
         )
         self._routes = self._make_routes()
         self._connection: int | None = None
+        self._cut_off = False
 
     # The life of the mount
 
@@ -108,6 +109,7 @@ class KernelSession:
             mounts.take_away(str(self.mountpoint), lazy=False)
         except MountError:
             log.warning("%s is in use; it ends all the same", self.mountpoint)
+            self._cut_off = True
             self.abort()
 
     def abort(self) -> None:
@@ -164,7 +166,7 @@ class KernelSession:
         if len(self._readers):
             log.warning("%d requests were still being worked on when the mount went", len(self._readers))
         self._notifier.close()
-        self._filesystem.destroy()
+        self._filesystem.destroy(self._cut_off)
         for failure in self._filesystem.release_all():
             log.error("an image left open could not be closed: %s", failure)
         self._device.close()

@@ -49,7 +49,7 @@ class Loopback:
                 return value
         return getattr(self, op)(*args)
 
-    def destroy(self, path: str) -> None:
+    def destroy(self, path: str, cut_off: bool) -> None:
         """Nothing is to be finished."""
 
     def _name(self, path: str | None) -> str:
