@@ -238,10 +238,16 @@ class DigestStream:
         self._start()
 
     def _start(self) -> None:
-        self._by_algo = {algo: _Lane(_new(algo)) for algo in (CHECKSUM_ALGO, self._algo)}
-        self._lanes = list(self._by_algo.values())
+        self._by_algo: dict[str, _Lane] = {}
         self._position = 0
         self.broken = False
+
+    @property
+    def _lanes(self) -> list[_Lane]:
+        """Made when they are needed: an image that is removed while it is empty needs none."""
+        if not self._by_algo:
+            self._by_algo = {algo: _Lane(_new(algo)) for algo in (CHECKSUM_ALGO, self._algo)}
+        return list(self._by_algo.values())
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
         """Take bytes written at `offset`; a gap before them counts as zeros.
@@ -272,7 +278,8 @@ class DigestStream:
     def break_off(self) -> None:
         """Give the stream up; what is queued is dropped."""
         self.broken = True
-        self._pool.drop(self._lanes)
+        if self._by_algo:
+            self._pool.drop(self._lanes)
 
     def finish(self, size: int, stop: Stop = never) -> Digests | None:
         """The digests of all `size` bytes, the rest up to there being zeros; None where it broke or was stopped."""
