@@ -4,11 +4,13 @@ A `Watcher` tells names, as they change, to whoever keeps something about them. 
 and nothing of what other machines do to a network filesystem; the library for it is an optional requirement
 (`imgfs[inotify]`). Without any of that, what is kept must be kept for a short time only.
 
-Threading: one thread of its own calls `changed`; a burst of changes is told in batches.
+Threading: one thread of its own calls `changed`, at once for a few changes, and then in batches: to wake up for each
+of many changes of imgfs's own would cost more than they do.
 """
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -24,7 +26,7 @@ LOCAL = frozenset(
 )
 """Filesystems on which nobody but this machine makes changes."""
 BURST_EVENTS = 64
-BURST_PAUSE_SECONDS = 0.02
+PAUSE_SECONDS = 0.02
 _IDLE_MS = 500
 
 Changed = Callable[[dict[str, bool] | None], None]
@@ -63,12 +65,16 @@ class Watcher:
         self._inotify.close()
 
     def _run(self) -> None:
+        burst, latest = 0, 0.0
         while not self._closing.is_set():
             events = list(self._inotify.read(timeout=_IDLE_MS))
-            if events:
-                self._tell(events)
-            if len(events) > BURST_EVENTS:
-                self._closing.wait(BURST_PAUSE_SECONDS)
+            if not events:
+                continue
+            self._tell(events)
+            burst = len(events) + (burst if time.monotonic() - latest < PAUSE_SECONDS else 0)
+            if burst > BURST_EVENTS:
+                self._closing.wait(PAUSE_SECONDS)
+            latest = time.monotonic()
 
     def _tell(self, events: list[Any]) -> None:
         if any(event.mask & self._overflow for event in events):
