@@ -21,7 +21,7 @@ def check(name: str) -> str:
     """Give the name back if an image can have it; raises InvalidName, NameTooLong or ReservedName."""
     if name in ("", ".", "..") or "/" in name or "\0" in name:
         raise InvalidName(f"{name!r} is no name for an image: one plain file name is wanted")
-    if len(os.fsencode(name)) > NAME_MAX:
+    if len(name) > NAME_MAX // 4 and len(os.fsencode(name)) > NAME_MAX:  # a character has at most 4 bytes
         raise NameTooLong(f"the name {name[:40]!r}... is longer than {NAME_MAX} bytes")
     if is_reserved(name):
         raise ReservedName(f"{name!r} is refused: names with {' and '.join(RESERVED_PREFIXES)} in front are kept")
