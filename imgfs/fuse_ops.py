@@ -126,8 +126,8 @@ class ImageOperations:
 
     @contextlib.contextmanager
     def _image(self, path: str | None, fh: int | None = None) -> Iterator[Image]:
-        """The image of a path, of a hidden path, or of a handle where there is no path."""
-        number = fh if path is None else self._aliases.get(path)
+        """The image of a handle, where there is one, of a path, or of a hidden path."""
+        number = fh if path is None or fh is not None else self._aliases.get(path)
         if number is not None:
             yield self._handle(number).image
         elif path is None or path == ROOT:
@@ -161,20 +161,26 @@ class ImageOperations:
 
     def _root_status(self) -> dict[str, int]:
         """The root shows the first datadir's owner and mode, and the latest times of all."""
-        statuses = [datadir.directory_status() for datadir in self._store.datadirs]
-        first = statuses[0]
+        first, *others = [datadir.directory_status() for datadir in self._store.datadirs]
+        size, blocks = first.st_size, first.st_blocks
+        atime, mtime, ctime = first.st_atime_ns, first.st_mtime_ns, first.st_ctime_ns
+        for other in others:  # the kernel asks for this after each create and each unlink
+            size += other.st_size
+            blocks += other.st_blocks
+            atime, mtime = max(atime, other.st_atime_ns), max(mtime, other.st_mtime_ns)
+            ctime = max(ctime, other.st_ctime_ns)
         return {
             "st_ino": ROOT_INO,
             "st_mode": first.st_mode,
             "st_nlink": 2,
             "st_uid": first.st_uid,
             "st_gid": first.st_gid,
-            "st_size": sum(status.st_size for status in statuses),
-            "st_blocks": sum(status.st_blocks for status in statuses),
+            "st_size": size,
+            "st_blocks": blocks,
             "st_blksize": STATFS_BLOCK_BYTES,
-            "st_atime": max(status.st_atime_ns for status in statuses),
-            "st_mtime": max(status.st_mtime_ns for status in statuses),
-            "st_ctime": max(status.st_ctime_ns for status in statuses),
+            "st_atime": atime,
+            "st_mtime": mtime,
+            "st_ctime": ctime,
         }
 
     def access(self, path: str, amode: int) -> int:
@@ -351,9 +357,10 @@ class ImageOperations:
     def _note_released(self, key: Key) -> None:
         """libfuse takes an image for open until a little after its release."""
         now = time.monotonic()
+        self._released.pop(key, None)  # so that the oldest comes first
         self._released[key] = now
-        for old in [k for k, at in self._released.items() if now - at > RELEASED_SECONDS]:
-            del self._released[old]
+        while now - self._released[oldest := next(iter(self._released))] > RELEASED_SECONDS:
+            del self._released[oldest]
 
     def _move_alias(self, fh: int, handle: Handle) -> None:
         """An alias goes over to another handle of the same image, or ends with the last."""
