@@ -8,12 +8,13 @@ this file alone. `lock` (a condition) guards the fields marked so and is never h
 wait on it. Where both are taken, `change_lock` comes first.
 """
 
+import contextlib
 import errno
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from imgfs import record
@@ -32,6 +33,8 @@ RELEASE_SECONDS = 0.5
 _ZEROS = bytes(1 << 20)
 _READ = os.O_RDONLY | os.O_CLOEXEC
 _WRITE = os.O_RDWR | os.O_CLOEXEC
+
+NOTHING_EXPECTED = Expectations()
 
 StreamFactory = Callable[[], DigestStream]
 Key = tuple[int, int]
@@ -61,13 +64,14 @@ class Image:
         self.abandoned = False  # guarded by lock: a writer was cut off, nobody knows whether all has come
         self.seal_again = False  # guarded by lock: writers came and went while it was
         self.seal_error: OSError | None = None  # guarded by lock: why the last seal failed
+        self.awaited = 0  # guarded by lock: who waits for the seal
         self.failed = False  # guarded by lock: sealed, and an expectation was not met
         self.declared_bytes = 0  # guarded by lock: size announced, for the reservation
         self.is_new = False  # created here: its directory entry is not on stable storage yet
         self.changes = 0  # guarded by change_lock: counts changes of the bytes
         self.mtime_ns = 0  # guarded by change_lock: as imgfs's own changes left it
         self.lacking_at: int | None = None  # guarded by change_lock: the offset of a write that found no room
-        self.expectations = Expectations()  # guarded by change_lock
+        self.expectations = NOTHING_EXPECTED  # guarded by change_lock
         self._stream: DigestStream | None = None  # guarded by change_lock
         self._new_stream = new_stream
         self._thin = thin
@@ -206,7 +210,7 @@ class Image:
         with self.lock:
             self.unsealed = True
             self.failed = False
-        self.expectations = Expectations()
+        self.expectations = NOTHING_EXPECTED
         self._stream = self._new_stream() if self.status().st_size == 0 else None
 
     def _drop_record(self) -> bool:
@@ -325,6 +329,10 @@ class Image:
             self.lock.notify_all()
             return True
 
+    def may_rest(self) -> bool:
+        """Whether nobody would miss the seal for a moment: the image is empty, and nothing is expected of it."""
+        return self.expectations == NOTHING_EXPECTED and self.status().st_size == 0
+
     def take_stream(self) -> tuple[DigestStream | None, int]:
         """Hand the stream over to sealing, with the count of changes it stands for; later writes break it."""
         with self.change_lock:
@@ -354,6 +362,17 @@ class Image:
                 if interrupted():
                     raise Interrupted("interrupted while waiting for the image to be sealed")
                 self.lock.wait(WAIT_SECONDS)
+
+    @contextlib.contextmanager
+    def awaiting_seal(self) -> Iterator[None]:
+        """Inside, it is known that somebody waits for the seal, be it under way or still to come."""
+        with self.lock:
+            self.awaited += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.awaited -= 1
 
 
 def _is_zero(data: bytes | memoryview) -> bool:
@@ -418,7 +437,7 @@ class Handle:
         """
         image = self.image
         with image.lock:
-            in_doubt = image.failed or image.writers or (image.sealing and image.expectations != Expectations())
+            in_doubt = image.failed or image.writers or (image.sealing and image.expectations != NOTHING_EXPECTED)
         return None if in_doubt else image.fd
 
     def status(self) -> os.stat_result:

@@ -43,8 +43,12 @@ NOBODY_IN_PARTICULAR = Owner()
 class Namespace:
     """The images of several datadirs, highest priority first, under one set of names."""
 
-    def __init__(self, datadirs: Sequence[Datadir], new_stream: StreamFactory, thin: bool) -> None:
+    def __init__(
+        self, datadirs: Sequence[Datadir], new_stream: StreamFactory, thin: bool, removed: Callable[[Image], None]
+    ) -> None:
+        """`removed` is called with each live image that loses its name for good."""
         self.datadirs = datadirs
+        self._removed = removed
         self._new_stream = new_stream
         self._thin = thin
         self._names = NameLocks()
@@ -305,6 +309,7 @@ class Namespace:
         image.name = None
         if image.status().st_nlink == 0:
             image.datadir.xattrs.forget(image.path_fd)
+        self._removed(image)
 
     def _finish_replacements(self) -> None:
         """Complete the replacements that a crash cut short: the old copy goes if another has its name."""

@@ -3,17 +3,23 @@
 A `Sealer` seals images in threads of its own: quickly where the digests were computed as the bytes streamed past,
 by a second reading otherwise. The record is written last, and only if the file is still what was hashed.
 
-Threading: `seal` may be called from any thread and does not wait. At most one seal of an image is under way.
+An empty image rests for a moment first: most are removed or filled at once (touch(1), lock files, tests of whether
+a directory can be written), and a seal would cost far more than they do. Whoever asks for its digests ends its rest.
+
+Threading: `seal`, `hurry` and `forget` may be called from any thread and do not wait. At most one seal of an image
+is under way. `_resting_lock` guards the images that rest.
 """
 
 import contextlib
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from imgfs.datadir import Datadir
 from imgfs.errors import ImageChanging, Interrupted, SealingFailed
 from imgfs.hashing import Digests, DigestStream, HashPool, digest_file
 from imgfs.image import Image
@@ -24,6 +30,8 @@ log = logging.getLogger(__name__)
 FINISHERS = 8
 READERS = 2
 ATTEMPTS = 3
+REST_SECONDS = 0.1
+LONGEST_REST_SECONDS = 1.0  # as long as further empty images keep coming
 GRACE_SECONDS = 5.0  # what digests that are nearly done get when the store closes
 
 
@@ -46,9 +54,66 @@ class Sealer:
         # Two pools, so that an image that needs only its record never waits for one that must be read.
         self._finishers = ThreadPoolExecutor(FINISHERS, "imgfs-seal")
         self._readers = ThreadPoolExecutor(READERS, "imgfs-seal-read")
+        self._resting: dict[Image, None] = {}
+        self._resting_lock = threading.Lock()
+        self._closing = threading.Event()
+        self._somebody_rests = threading.Event()
+        self._clock = threading.Thread(target=self._wake_the_resting, name="imgfs-seal-clock", daemon=True)
+        self._clock.start()
 
     def seal(self, image: Image) -> None:
-        """Start sealing an image on which `begin_sealing` was True; the caller's reference goes to the sealer."""
+        """Have an image sealed on which `begin_sealing` was True; the caller's reference goes to the sealer."""
+        if not image.may_rest():
+            self._start(image)
+            return
+        with self._resting_lock:
+            self._resting[image] = None
+        if not self._somebody_rests.is_set():
+            self._somebody_rests.set()
+        if image.awaited or self._closing.is_set():  # they looked before it was entered
+            self.hurry(image)
+
+    def hurry(self, image: Image) -> None:
+        """Somebody waits for the seal: if the image rests, that is over."""
+        if self._end_rest(image):
+            self._start(image)
+
+    def forget(self, image: Image) -> None:
+        """The image was removed: if it rests, there is nothing to seal any more."""
+        if self._end_rest(image):
+            image.end_sealing(for_good=True)
+            self._sealed(image)
+
+    def _end_rest(self, image: Image) -> bool:
+        with self._resting_lock:
+            return self._resting.pop(image, self) is None
+
+    def _wake_the_resting(self) -> None:
+        """Start the seals of the images that rest when no other has joined them for a while."""
+        while not self._closing.is_set():
+            self._somebody_rests.wait()
+            latest = time.monotonic() + LONGEST_REST_SECONDS
+            seen = -1
+            while seen != len(self._resting) and time.monotonic() < latest:
+                seen = len(self._resting)
+                self._closing.wait(REST_SECONDS)
+            self._somebody_rests.clear()
+            self._seal_the_resting()
+
+    def _seal_the_resting(self) -> None:
+        """One after the other in each datadir: side by side they would hold up the requests that still come."""
+        by_datadir: dict[Datadir, list[Image]] = {}
+        for image in list(self._resting):
+            by_datadir.setdefault(image.datadir, []).append(image)
+        for images in by_datadir.values():
+            self._finishers.submit(self._seal_in_turn, images)
+
+    def _seal_in_turn(self, images: list[Image]) -> None:
+        for image in images:
+            if self._end_rest(image):
+                self.seal_here(image)
+
+    def _start(self, image: Image) -> None:
         stream, changes = image.take_stream()
         quick = stream is not None and not stream.broken
         try:
@@ -63,6 +128,9 @@ class Sealer:
 
     def close(self) -> None:
         """Finish the seals that need no reading, give up the others (they stay stale)."""
+        self._closing.set()
+        self._somebody_rests.set()
+        self._clock.join()
         self._closing_since = time.monotonic()
         self._readers.shutdown(wait=True, cancel_futures=False)
         self._finishers.shutdown(wait=True, cancel_futures=False)

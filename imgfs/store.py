@@ -76,9 +76,9 @@ class ImageStore:
         self.datadirs = _open_datadirs(config)
         self._labels = {datadir.path: self._label(datadir) for datadir in self.datadirs}
         self._pool = HashPool()
-        self._namespace = Namespace(self.datadirs, self._new_stream, config.thin_provisioning)
         rules = SealingRules(config.hashing_algo, config.file_perm)
         self._sealer = Sealer(self._pool, rules, self._sealed)
+        self._namespace = Namespace(self.datadirs, self._new_stream, config.thin_provisioning, self._sealer.forget)
         self._changed: ImageChanged = lambda _name, _bytes: None
         self._watcher: Watcher | None = None
         self._resealer = Resealer(self._namespace, self._reseal_here) if config.reseal is Reseal.BACKGROUND else None
@@ -278,6 +278,11 @@ class ImageStore:
 
     def digests_of(self, image: Image, interrupted: Stop = never) -> Digests:
         """The same for an image at hand."""
+        with image.awaiting_seal():
+            self._sealer.hurry(image)
+            return self._sealed_digests(image, interrupted)
+
+    def _sealed_digests(self, image: Image, interrupted: Stop) -> Digests:
         image.wait_while_sealing(interrupted)
         held = image.valid_record()
         if held is None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from imgfs import Handle, ImageStore, State, hashing, record
+from imgfs import Handle, ImageStore, State, hashing, record, sealing
 from imgfs.errors import Interrupted, NotPermitted
 from imgfs.image import Image
 from imgfs.times import UTIME_NOW, UTIME_OMIT
@@ -595,3 +595,71 @@ def test_failing_to_set_permissions_is_a_warning(
     assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
         "image 'x': can't set mode 640: Operation not permitted"
     ]
+
+
+# --- the rest of an empty image ---
+
+
+@pytest.fixture
+def long_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Empty images rest longer than any test takes."""
+    monkeypatch.setattr(sealing, "REST_SECONDS", 3600.0)
+    monkeypatch.setattr(sealing, "LONGEST_REST_SECONDS", 3600.0)
+
+
+def test_empty_image_is_sealed_after_a_rest(store: ImageStore) -> None:
+    write(store, "x")
+    wait_until(lambda: store.state("x") is State.ACTIVE, "the seal")
+    assert store.digests("x").size == 0
+
+
+@pytest.mark.usefixtures("long_rest")
+def test_digest_asked_for_ends_the_rest_of_an_empty_image(store: ImageStore) -> None:
+    write(store, "x")
+    write(store, "y")
+    assert store.state("x") is State.SAVING
+    assert store.digests("x").checksum == md5(b"")
+    assert (store.state("x"), store.state("y")) == (State.ACTIVE, State.SAVING)
+
+
+@pytest.mark.usefixtures("long_rest")
+def test_digest_asked_for_while_an_empty_image_is_open_is_not_held_up_by_its_rest(store: ImageStore) -> None:
+    handle = store.create("x")
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(store.digests, "x")
+        wait_until(lambda: handle.image.awaited > 0, "the question")
+        store.close_handle(handle)
+        assert asked.result(CLOSE_SECONDS).checksum == md5(b"")
+
+
+@pytest.mark.usefixtures("long_rest")
+def test_image_removed_while_it_rests_is_let_go_at_once(store: ImageStore) -> None:
+    write(store, "x")
+    store.delete("x")
+    assert store._namespace.live_images() == []
+
+
+@pytest.mark.usefixtures("long_rest")
+def test_image_replaced_while_it_rests_is_let_go_at_once(store: ImageStore) -> None:
+    write(store, "x")
+    write(store, "y", (0, CONTENT))
+    assert store.digests("y").checksum == md5(CONTENT)
+    store.rename("y", "x")
+    wait_until(lambda: store._namespace.live_images() == [], "its descriptors closed")
+
+
+@pytest.mark.usefixtures("long_rest")
+def test_expectation_of_an_empty_image_is_judged_without_a_rest(store: ImageStore) -> None:
+    handle = store.create("x")
+    store.expect_size(handle.image, 5)
+    store.close_handle(handle)
+    wait_until(lambda: store.state("x") is State.FAILED, "the verdict")
+
+
+@pytest.mark.usefixtures("long_rest")
+def test_closing_store_seals_what_rests(open_store: OpenStore) -> None:
+    store = open_store(["high"])
+    write(store, "x")
+    store.close()
+    with contextlib.closing(open_store(["high"])) as again:
+        assert again.state("x") is State.ACTIVE
