@@ -154,13 +154,18 @@ class Datadir:
 
     def status(self, name: str) -> os.stat_result:
         """lstat(2) of an image; raises ImageNotFound where there is no regular file of that name."""
+        status = self.find(name)
+        if status is None:
+            raise ImageNotFound(f"no image {name!r}")
+        return status
+
+    def find(self, name: str) -> os.stat_result | None:
+        """lstat(2) of an image; None where there is no regular file of that name."""
         try:
             status = os.stat(name, dir_fd=self.fd, follow_symlinks=False)
         except FileNotFoundError:
-            raise ImageNotFound(f"no image {name!r}") from None
-        if not stat.S_ISREG(status.st_mode):
-            raise ImageNotFound(f"no image {name!r}")
-        return status
+            return None
+        return status if stat.S_ISREG(status.st_mode) else None
 
     def has_any(self, name: str) -> bool:
         """Whether anything at all has that name here, images or not."""
@@ -173,9 +178,7 @@ class Datadir:
     def create(self, name: str, mode: int) -> int:
         """A new, empty file, open for reading and writing (O_EXCL: the name must be free)."""
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = os.open(name, flags, mode, dir_fd=self.fd)
-        self.xattrs.forget(fd)
-        return fd
+        return os.open(name, flags, mode, dir_fd=self.fd)
 
     def unlink(self, name: str) -> None:
         """Remove a name; what is kept for the inode goes with it."""

@@ -48,11 +48,21 @@ def key_of(status: os.stat_result) -> Key:
 class Image:
     """An inode that somebody is concerned with. `name` is None once it was unlinked."""
 
-    def __init__(self, datadir: Datadir, name: str, path_fd: int, new_stream: StreamFactory, thin: bool) -> None:
+    def __init__(
+        self,
+        datadir: Datadir,
+        name: str,
+        path_fd: int,
+        status: os.stat_result,
+        new_stream: StreamFactory,
+        *,
+        thin: bool,
+    ) -> None:
+        """`path_fd`, which may be O_PATH, passes to the image; `status` is its fstat(2)."""
         self.datadir = datadir
         self.name: str | None = name
         self.path_fd = path_fd
-        self.key = key_of(os.fstat(path_fd))
+        self.key = key_of(status)
         self.references = 0  # guarded by the store's table lock
         self.change_lock = threading.RLock()
         self.lock = threading.Condition()
@@ -69,7 +79,7 @@ class Image:
         self.declared_bytes = 0  # guarded by lock: size announced, for the reservation
         self.is_new = False  # created here: its directory entry is not on stable storage yet
         self.changes = 0  # guarded by change_lock: counts changes of the bytes
-        self.mtime_ns = 0  # guarded by change_lock: as imgfs's own changes left it
+        self.mtime_ns = status.st_mtime_ns  # guarded by change_lock: as imgfs's own changes left it
         self.lacking_at: int | None = None  # guarded by change_lock: the offset of a write that found no room
         self.expectations = NOTHING_EXPECTED  # guarded by change_lock
         self._stream: DigestStream | None = None  # guarded by change_lock
@@ -95,11 +105,10 @@ class Image:
             return self._write_fd
 
     def adopt(self, fd: int) -> None:
-        """Take over the descriptor of a file that was just created; its bytes are all still to come."""
+        """Write through the descriptor of a file that was just created; its bytes are all still to come."""
         self._write_fd = fd
         self.unsealed = True
         self.is_new = True
-        self.mtime_ns = os.fstat(fd).st_mtime_ns
         self._stream = self._new_stream()
 
     @property
@@ -112,11 +121,8 @@ class Image:
 
     def move_to(self, datadir: Datadir, fd: int) -> None:
         """Continue in another, equal file: every descriptor is made to mean it (dup2 is atomic for readers)."""
-        path_fd = os.open(proc_path(fd), os.O_PATH | os.O_CLOEXEC)
-        os.dup2(path_fd, self.path_fd, inheritable=False)
-        os.close(path_fd)
-        for own in {self._read_fd, self._write_fd} - {None, fd}:
-            os.dup2(fd, own, inheritable=False)  # type: ignore[arg-type]
+        for own in self._descriptors():
+            os.dup2(fd, own, inheritable=False)
         os.close(fd)
         self.datadir = datadir
         self.key = key_of(os.fstat(self.path_fd))
@@ -126,9 +132,12 @@ class Image:
         """Give up all descriptors; called when the last reference goes."""
         if self._stream is not None:
             self._stream.break_off()
-        for fd in (self._read_fd, self._write_fd, self.path_fd):
-            if fd is not None:
-                os.close(fd)
+        for fd in self._descriptors():
+            os.close(fd)
+
+    def _descriptors(self) -> set[int]:
+        """The one that pins the inode is also the one to write through where the image was created here."""
+        return {fd for fd in (self.path_fd, self._read_fd, self._write_fd) if fd is not None}
 
     def status(self) -> os.stat_result:
         """fstat(2) of the file as it is now."""

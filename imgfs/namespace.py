@@ -20,9 +20,8 @@ from dataclasses import dataclass
 from imgfs import names, placement
 from imgfs.datadir import FULL_ERRNOS, Datadir
 from imgfs.errors import ImageExists, ImageNotFound, ImgfsError, ReservedName, StorageFull
-from imgfs.image import Image, Key, StreamFactory
+from imgfs.image import Image, Key, StreamFactory, key_of
 from imgfs.name_locks import NameLocks
-from imgfs.xattrs import proc_path
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +54,7 @@ class Namespace:
         self._placing = threading.Lock()
         self._table_lock = threading.Lock()
         self._live: dict[Key, Image] = {}  # guarded by _table_lock
+        self._declared: set[Image] = set()  # guarded by _table_lock: live images whose size was declared
         self._finish_replacements()
 
     # --- finding ---
@@ -74,8 +74,9 @@ class Namespace:
         """The datadir of an image and its lstat(2) there. Raises ImageNotFound."""
         self._check_known(name)
         for datadir in self.datadirs:
-            with contextlib.suppress(ImageNotFound):
-                return datadir, datadir.status(name)
+            status = datadir.find(name)
+            if status is not None:
+                return datadir, status
         raise ImageNotFound(f"no image {name!r}")
 
     @contextlib.contextmanager
@@ -92,7 +93,11 @@ class Namespace:
         self._check_known(name)
         for datadir in self.datadirs:
             with contextlib.suppress(ImageNotFound):
-                return self._shared(self._image(datadir, name, datadir.pin(name)))
+                path_fd = datadir.pin(name)
+                image = self._shared(self._image(datadir, name, path_fd, os.fstat(path_fd)))
+                if image.status().st_nlink == 0:  # removed in between, when it was in no table yet
+                    image.name = None
+                return image
         raise ImageNotFound(f"no image {name!r}")
 
     def hold(self, image: Image) -> Image:
@@ -108,6 +113,7 @@ class Namespace:
             if image.references:
                 return
             del self._live[image.key]
+            self._declared.discard(image)
         image.close()
 
     def live_images(self) -> list[Image]:
@@ -121,8 +127,8 @@ class Namespace:
         except ReservedName:
             raise ImageNotFound(f"no image {name!r}") from None
 
-    def _image(self, datadir: Datadir, name: str, path_fd: int) -> Image:
-        return Image(datadir, name, path_fd, self._new_stream, self._thin)
+    def _image(self, datadir: Datadir, name: str, path_fd: int, status: os.stat_result) -> Image:
+        return Image(datadir, name, path_fd, status, self._new_stream, thin=self._thin)
 
     def _shared(self, fresh: Image) -> Image:
         """The live image of the inode of `fresh`: `fresh` itself where there is none yet."""
@@ -142,11 +148,12 @@ class Namespace:
         """
         names.check(name)
         with self._names.held(name):
-            if any(datadir.has_any(name) for datadir in self.datadirs):
+            placed = self._placed(None)
+            # The first one placed says itself whether it has the name (O_EXCL), before anything else.
+            if any(datadir.has_any(name) for datadir in self.datadirs if datadir not in placed[:1]):
                 raise ImageExists(f"image {name!r} exists")
-            datadir, fd = self._create_in(self._placed(None), name, mode, owner)
-            path_fd = os.open(proc_path(fd), os.O_PATH | os.O_CLOEXEC)
-            image = self._image(datadir, name, path_fd)
+            datadir, fd, status = self._create_in(placed, name, mode, owner)
+            image = self._image(datadir, name, fd, status)
             image.adopt(fd)
             return self._shared(image)
 
@@ -169,14 +176,14 @@ class Namespace:
             if image.datadir not in fitting or image.datadir.priority != fitting[0].priority:
                 self._place_anew(image, fitting)
             image.declared_bytes = size
+            with self._table_lock:
+                self._declared.add(image)
 
     def reserved_bytes(self, datadir: Datadir) -> int:
         """What is promised to images that are being written on a datadir's filesystem and not allocated yet."""
-        return sum(
-            image.outstanding_bytes()
-            for image in self.live_images()
-            if image.declared_bytes and image.datadir.device == datadir.device
-        )
+        with self._table_lock:
+            declared = list(self._declared)
+        return sum(image.outstanding_bytes() for image in declared if image.datadir.device == datadir.device)
 
     def _placed(self, size: int | None) -> list[Datadir]:
         return placement.order((self._candidate(d) for d in self.datadirs if d.takes_images), size)
@@ -185,11 +192,13 @@ class Namespace:
         kept = self.reserved_bytes(datadir) + datadir.config.min_free_bytes
         return placement.Candidate(datadir, datadir.priority, datadir.free_bytes() - kept)
 
-    def _create_in(self, datadirs: Iterable[Datadir], name: str, mode: int, owner: Owner) -> tuple[Datadir, int]:
-        """A new file in the first datadir that takes it."""
+    def _create_in(
+        self, datadirs: Iterable[Datadir], name: str, mode: int, owner: Owner
+    ) -> tuple[Datadir, int, os.stat_result]:
+        """A new file in the first datadir that takes it, and its fstat(2) as it was created."""
         for datadir in datadirs:
             try:
-                return datadir, _create_file(datadir, name, mode, owner)
+                return datadir, *_create_file(datadir, name, mode, owner)
             except FileExistsError:
                 raise ImageExists(f"image {name!r} exists") from None
             except OSError as error:
@@ -203,7 +212,7 @@ class Namespace:
         assert image.name is not None
         before, old = image.status(), image.datadir
         mode, owner = stat.S_IMODE(before.st_mode), Owner(before.st_uid, before.st_gid)
-        datadir, fd = self._create_in(fitting, image.name, mode, owner)
+        datadir, fd, _ = self._create_in(fitting, image.name, mode, owner)
         try:
             for attribute in old.xattrs.list(image.path_fd):
                 if attribute.startswith("user."):
@@ -212,7 +221,7 @@ class Namespace:
             os.close(fd)
             datadir.unlink(image.name)
             raise
-        old.xattrs.forget(image.path_fd)
+        old.xattrs.forget(before.st_ino)
         with self._table_lock:
             del self._live[image.key]
             image.move_to(datadir, fd)
@@ -233,9 +242,17 @@ class Namespace:
 
     def delete(self, name: str) -> None:
         """Remove an image; handles that are open keep it readable. Raises ImageNotFound, or the true errno."""
-        with self._names.held(name), self.image(name) as image:
-            image.datadir.require_writable()
-            self._unlink(image)
+        with self._names.held(name):
+            datadir, status = self.status(name)
+            datadir.require_writable()
+            datadir.unlink(name)
+            if status.st_nlink == 1:
+                datadir.xattrs.forget(status.st_ino)
+            with self._table_lock:
+                image = self._live.get(key_of(status))
+            if image is not None and image.name == name:
+                image.name = None
+                self._removed(image)
 
     def discard(self, image: Image) -> None:
         """Remove an image at hand, whatever its name is now; one without a name is gone already."""
@@ -307,8 +324,9 @@ class Namespace:
 
     def _forget(self, image: Image) -> None:
         image.name = None
-        if image.status().st_nlink == 0:
-            image.datadir.xattrs.forget(image.path_fd)
+        status = image.status()
+        if status.st_nlink == 0:
+            image.datadir.xattrs.forget(status.st_ino)
         self._removed(image)
 
     def _finish_replacements(self) -> None:
@@ -323,18 +341,23 @@ class Namespace:
                 datadir.forget_replaced(note)
 
 
-def _create_file(datadir: Datadir, name: str, mode: int, owner: Owner) -> int:
+def _create_file(datadir: Datadir, name: str, mode: int, owner: Owner) -> tuple[int, os.stat_result]:
     """A new file with exactly this mode, and this owner where the process may give files away."""
-    fd = datadir.create(name, 0o600)
+    given_away = owner.uid not in (-1, os.geteuid()) or owner.gid not in (-1, os.getegid())
+    # Until it has its owner, nobody else may open it.
+    fd = datadir.create(name, 0o600 if given_away else mode)
     try:
-        if owner != NOBODY_IN_PARTICULAR:
+        status = os.fstat(fd)
+        datadir.xattrs.forget(status.st_ino)  # of an earlier inode of this number
+        if owner.uid not in (-1, status.st_uid) or owner.gid not in (-1, status.st_gid):
             try:
                 os.fchown(fd, owner.uid, owner.gid)
             except PermissionError:
                 log.debug("image %r can't be given to %s; it stays with the daemon", name, owner)
-        os.fchmod(fd, mode)
+        if given_away or mode != stat.S_IMODE(status.st_mode):
+            os.fchmod(fd, mode)
     except BaseException:
         os.close(fd)
         datadir.unlink(name)
         raise
-    return fd
+    return fd, status

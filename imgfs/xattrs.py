@@ -16,7 +16,10 @@ from typing import Protocol
 
 
 class Xattrs(Protocol):
-    """Get, set, list and remove attributes of an open file; `forget` drops what is kept for a removed one."""
+    """Get, set, list and remove attributes of an open file.
+
+    `forget` drops what is kept for an inode that was removed, or that a new file has got.
+    """
 
     def get(self, fd: int, name: str) -> bytes: ...
 
@@ -26,7 +29,7 @@ class Xattrs(Protocol):
 
     def remove(self, fd: int, name: str) -> None: ...
 
-    def forget(self, fd: int) -> None: ...
+    def forget(self, ino: int) -> None: ...
 
 
 def proc_path(fd: int) -> str:
@@ -49,7 +52,7 @@ class NativeXattrs:
     def remove(self, fd: int, name: str) -> None:
         os.removexattr(proc_path(fd), name)
 
-    def forget(self, fd: int) -> None:
+    def forget(self, ino: int) -> None:
         """Nothing to do: the attributes go with the inode."""
 
 
@@ -82,13 +85,15 @@ class SidecarXattrs:
             raise _no_data()
         self._write(fd, held)
 
-    def forget(self, fd: int) -> None:
+    def forget(self, ino: int) -> None:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(_sidecar(fd), dir_fd=self._directory_fd)
+            os.unlink(_sidecar(ino), dir_fd=self._directory_fd)
 
     def _read(self, fd: int) -> dict[str, bytes]:
         try:
-            sidecar = os.open(_sidecar(fd), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory_fd)
+            sidecar = os.open(
+                _sidecar(_ino(fd)), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory_fd
+            )
         except FileNotFoundError:
             return {}
         with open(sidecar, "rb") as file:
@@ -100,7 +105,7 @@ class SidecarXattrs:
 
     def _write(self, fd: int, held: dict[str, bytes]) -> None:
         """Replace the sidecar in one step, so that a crash leaves the old or the new."""
-        name = _sidecar(fd)
+        name = _sidecar(_ino(fd))
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         new = os.open(name + ".new", flags, 0o600, dir_fd=self._directory_fd)
         with open(new, "w", encoding="ascii") as file:
@@ -141,7 +146,7 @@ class ReadOnlyXattrs:
     def remove(self, fd: int, name: str) -> None:
         self._kept.pop(_key(fd, name), None)
 
-    def forget(self, fd: int) -> None:
+    def forget(self, ino: int) -> None:
         """Nothing to do: files of a read-only datadir are not removed."""
 
 
@@ -150,8 +155,12 @@ def _key(fd: int, name: str) -> tuple[int, int, str]:
     return status.st_dev, status.st_ino, name
 
 
-def _sidecar(fd: int) -> str:
-    return f"{os.fstat(fd).st_ino}.json"
+def _ino(fd: int) -> int:
+    return os.fstat(fd).st_ino
+
+
+def _sidecar(ino: int) -> str:
+    return f"{ino}.json"
 
 
 def _no_data() -> OSError:

@@ -1317,3 +1317,14 @@ def test_closed_store_leaves_no_descriptor_and_no_thread(open_store: OpenStore) 
         store.delete("y")
     assert descriptors() == before
     assert threading.active_count() == threads
+
+
+def test_one_of_two_names_of_a_file_is_removed_by_itself(open_store: OpenStore, tmp_path: Path) -> None:
+    store = open_store(["high"])
+    store.add("x", io.BytesIO(b"content"))
+    os.link(tmp_path / "high" / "x", tmp_path / "high" / "y")
+    handle = store.open("x")
+    store.delete("y")
+    assert list(store.names()) == ["x"]
+    assert handle.image.name == "x"
+    store.close_handle(handle)

@@ -154,8 +154,8 @@ def test_damaged_sidecar_is_as_good_as_none(datadir: Datadir, fd: int, content: 
 @sidecars
 def test_forgetting_leaves_no_sidecar(datadir: Datadir, fd: int) -> None:
     datadir.xattrs.set(fd, "user.a", b"x")
-    datadir.xattrs.forget(fd)
-    datadir.xattrs.forget(fd)
+    datadir.xattrs.forget(os.fstat(fd).st_ino)
+    datadir.xattrs.forget(os.fstat(fd).st_ino)
     assert os.listdir(f"{datadir.path}/.imgfs/xattrs") == []
 
 
