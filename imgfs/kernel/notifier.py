@@ -20,13 +20,17 @@ class Notifier:
     def __init__(self, device: Device) -> None:
         self._device = device
         self._queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._queued: set[bytes] = set()
         self._thread = threading.Thread(target=self._run, name="fuse-notifier", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def send(self, notification: bytes) -> None:
-        self._queue.put(notification)
+        """Queue a notification; one that is on its way anyway is not said twice."""
+        if notification not in self._queued:
+            self._queued.add(notification)
+            self._queue.put(notification)
 
     def close(self) -> None:
         if self._thread.is_alive():
@@ -35,6 +39,7 @@ class Notifier:
 
     def _run(self) -> None:
         while (notification := self._queue.get()) is not None:
+            self._queued.discard(notification)
             try:
                 self._device.notify(notification)
             except OSError as error:
