@@ -154,10 +154,16 @@ class ImageOperations:
         """stat(2) in fusepy's form, times in ns."""
         if path == ROOT:
             return self._root_status()
-        if path is not None and fh is None and path not in self._aliases:
-            return _described(*self._store.status(_name(path)))
-        with self._image(path, fh) as image:
-            return _described(image.datadir, image.status())
+        number = self._aliases.get(str(path)) if fh is None else fh
+        if number is None:
+            return _described(*self._store.status(_name(str(path))))
+        image = self._handle(number).image
+        return _described(image.datadir, image.status())
+
+    def find(self, name: str) -> dict[str, int] | None:
+        """What `getattr` gives for an image, None where there is none; for those who ask about many names."""
+        found = self._store.find(name)
+        return _described(*found) if found else None
 
     def _root_status(self) -> dict[str, int]:
         """The root shows the first datadir's owner and mode, and the latest times of all."""

@@ -82,8 +82,10 @@ class KernelTransport:
             self._session.look_again_at_all()
             return
         try:
-            status = self._operations("getattr", f"/{name}", None)
+            status = self._operations.find(name)
         except OSError:
+            status = None
+        if status is None:
             self._session.look_again(name, None, data=data)
         else:
             self._session.look_again(name, status["st_ino"], links=status["st_nlink"], data=data)

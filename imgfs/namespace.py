@@ -73,11 +73,18 @@ class Namespace:
     def status(self, name: str) -> tuple[Datadir, os.stat_result]:
         """The datadir of an image and its lstat(2) there. Raises ImageNotFound."""
         self._check_known(name)
+        found = self.find(name)
+        if found is None:
+            raise ImageNotFound(f"no image {name!r}")
+        return found
+
+    def find(self, name: str) -> tuple[Datadir, os.stat_result] | None:
+        """The same for a name that an image can have; None where there is none."""
         for datadir in self.datadirs:
             status = datadir.find(name)
             if status is not None:
                 return datadir, status
-        raise ImageNotFound(f"no image {name!r}")
+        return None
 
     @contextlib.contextmanager
     def image(self, name: str) -> Iterator[Image]:

@@ -142,6 +142,10 @@ class ImageStore:
         """The datadir of an image and its lstat(2) there. Raises ImageNotFound."""
         return self._namespace.status(name)
 
+    def find(self, name: str) -> tuple[Datadir, os.stat_result] | None:
+        """The same for a name that an image can have; None where there is none."""
+        return self._namespace.find(name)
+
     def size(self, name: str) -> int:
         """The size of an image in bytes. Raises ImageNotFound."""
         return self.status(name)[1].st_size
