@@ -9,12 +9,12 @@ import errno
 import json
 import os
 import string
+import threading
 from collections.abc import Callable
-from typing import Any
 
 from imgfs.datadir import Datadir
-from imgfs.errors import InvalidValue, NoAttribute
-from imgfs.hashing import CHECKSUM_ALGO, hex_digits
+from imgfs.errors import ImgfsError, InvalidValue, NoAttribute
+from imgfs.hashing import CHECKSUM_ALGO, Digests, hex_digits
 from imgfs.image import Image
 from imgfs.store import ImageStore, location_of
 from imgfs.version import VERSION
@@ -24,6 +24,7 @@ EXPECT = PREFIX + "expect."
 USER = "user."
 
 Interrupted = Callable[[], bool]
+MOST_WAITING = 128
 
 
 class ImageAttributes:
@@ -32,6 +33,7 @@ class ImageAttributes:
     def __init__(self, store: ImageStore, interrupted: Interrupted) -> None:
         self._store = store
         self._interrupted = interrupted
+        self._waiting = threading.BoundedSemaphore(MOST_WAITING)
         self._computed: dict[str, Callable[[Image], str]] = {
             "state": lambda image: image.state(),
             "size": lambda image: str(image.status().st_size),
@@ -88,8 +90,14 @@ class ImageAttributes:
         with image.change_lock:
             image.datadir.xattrs.remove(image.path_fd, name)
 
-    def _digests_of(self, image: Image) -> Any:
-        return self._store.digests_of(image, self._interrupted)
+    def _digests_of(self, image: Image) -> Digests:
+        """Waits, but not with all the threads that answer requests: too many at once are told to come again."""
+        if not self._waiting.acquire(blocking=False):
+            raise ImgfsError("too many wait for digests already; ask again later", errno.EAGAIN)
+        try:
+            return self._store.digests_of(image, self._interrupted)
+        finally:
+            self._waiting.release()
 
     def _expectation(self, image: Image, field: str) -> bytes:
         value = getattr(image.expectations, field, None) if image.unsealed else None

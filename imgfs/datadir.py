@@ -24,8 +24,8 @@ from typing import cast
 
 from imgfs import linux, mount_table, names
 from imgfs.config import DatadirConfig, Mode
-from imgfs.errors import DatadirError, ImageNotFound, WriteDenied
-from imgfs.xattrs import NativeXattrs, ReadOnlyXattrs, SidecarXattrs, Xattrs, proc_path, supported
+from imgfs.errors import DatadirError, ImageNotFound, InvalidName, WriteDenied
+from imgfs.xattrs import NativeXattrs, ReadOnlyXattrs, SidecarXattrs, Xattrs, proc_path, read_regular, supported
 
 log = logging.getLogger(__name__)
 
@@ -48,11 +48,12 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Replaced:
-    """A note that the copy of `name` with inode `ino` gives way to one in another datadir."""
+    """A note that the copy of `name` with inode `ino` gives way to one in the datadir at path `by`."""
 
     token: str
     name: str
     ino: int
+    by: str
 
 
 def unusable(config: DatadirConfig) -> str | None:
@@ -239,12 +240,12 @@ class Datadir:
 
     # --- replacing an image by one in another datadir ---
 
-    def note_replaced(self, name: str) -> Replaced:
+    def note_replaced(self, name: str, by: "Datadir") -> Replaced:
         """Put on stable storage that the copy of `name` here gives way; undone by `forget_replaced`."""
-        note = Replaced(f"replaced-{secrets.token_hex(8)}", name, self.status(name).st_ino)
+        note = Replaced(f"replaced-{secrets.token_hex(8)}", name, self.status(name).st_ino, by.path)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         with open(os.open(note.token, flags, 0o600, dir_fd=self._own_fd), "w", encoding="ascii") as file:
-            json.dump({"name": os.fsencode(name).hex(), "ino": note.ino}, file)
+            json.dump({"name": os.fsencode(name).hex(), "ino": note.ino, "by": note.by}, file)
             file.flush()
             os.fsync(file.fileno())
         os.fsync(cast(int, self._own_fd))
@@ -265,13 +266,16 @@ class Datadir:
         ]
 
     def _read_note(self, token: str) -> Replaced | None:
-        fd = os.open(token, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._own_fd)
-        with open(fd, "rb") as file:
-            try:
-                fields = json.load(file)
-                return Replaced(token, os.fsdecode(bytes.fromhex(fields["name"])), int(fields["ino"]))
-            except (ValueError, KeyError, TypeError, RecursionError):
-                return Replaced(token, "", -1)  # cut short: the rename it announces was never begun
+        """One note; None for what is no file. Whoever owns the datadir may have put anything here."""
+        text = read_regular(token, self._own_fd)
+        if text is None:
+            return None
+        try:
+            fields = json.loads(text)
+            name = names.check(os.fsdecode(bytes.fromhex(fields["name"])))
+            return Replaced(token, name, int(fields["ino"]), str(fields["by"]))
+        except (ValueError, KeyError, TypeError, RecursionError, InvalidName):
+            return Replaced(token, "", -1, "")  # cut short: the rename it announces was never begun
 
     # --- opening ---
 

@@ -57,6 +57,7 @@ class Image:
         new_stream: StreamFactory,
         *,
         thin: bool,
+        write_once: bool,
     ) -> None:
         """`path_fd`, which may be O_PATH, passes to the image; `status` is its fstat(2)."""
         self.datadir = datadir
@@ -68,6 +69,8 @@ class Image:
         self.lock = threading.Condition()
         self.handles = 0  # guarded by lock
         self.writers = 0  # guarded by lock: handles that may write
+        self.writing = 0  # guarded by lock: of those, the ones that have written
+        self.pinned = False  # guarded by lock: the kernel may read the file itself, until all handles are gone
         self.unflushed = 0  # guarded by lock: of those, the ones written to since their last flush
         self.unsealed = False  # guarded by lock: bytes have changed since there was a record
         self.sealing = False  # guarded by lock: a seal is queued or under way
@@ -85,6 +88,7 @@ class Image:
         self._stream: DigestStream | None = None  # guarded by change_lock
         self._new_stream = new_stream
         self._thin = thin
+        self._write_once = write_once
         self._read_fd: int | None = None
         self._write_fd: int | None = None
 
@@ -155,8 +159,7 @@ class Image:
             try:
                 written = self._write_all(data, offset)
             except OSError as error:
-                if error.errno in FULL_ERRNOS:
-                    self.lacking_at = offset
+                self._note_lack(error, offset)
                 raise
             finally:
                 self._after_change()
@@ -191,6 +194,10 @@ class Image:
             self._before_change()
             try:
                 fallocate(fd, mode, offset, length)
+            except OSError:
+                if self._stream is not None:
+                    self._stream.break_off()  # some of it may have been done
+                raise
             finally:
                 self._after_change()
             if self._stream is not None and mode & (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_ZERO_RANGE):
@@ -203,6 +210,9 @@ class Image:
             self._before_change()
             try:
                 copied = os.copy_file_range(source.fd, fd, length, source_offset, offset)
+            except OSError as error:
+                self._note_lack(error, offset)
+                raise
             finally:
                 self._after_change()
             if self._stream is not None and copied:
@@ -213,7 +223,11 @@ class Image:
         """Before the first changed byte, the old record goes, on stable storage: it vouches for other bytes."""
         self.changes += 1
         if self.unsealed:
+            if self._stream is not None and self.status().st_mtime_ns != self.mtime_ns:
+                self._stream.break_off()  # somebody else changed the file: the stream has not seen all
             return
+        if self._write_once and self.state() is State.ACTIVE:
+            raise NotPermitted(f"image {self.name!r} is complete, and the store is write-once")
         if self._drop_record():
             os.fsync(self.open_for_write())
         with self.lock:
@@ -221,6 +235,10 @@ class Image:
             self.failed = False
         self.expectations = NOTHING_EXPECTED
         self._stream = self._new_stream() if self.status().st_size == 0 else None
+
+    def _note_lack(self, error: OSError, offset: int) -> None:
+        if error.errno in FULL_ERRNOS:
+            self.lacking_at = offset
 
     def _drop_record(self) -> bool:
         try:
@@ -315,10 +333,11 @@ class Image:
             self.store_record(Record(State.SAVING, expectations=self.expectations))
 
     def begin_sealing(self) -> bool:
-        """Enter the phase of sealing; False where one is under way, which then looks again at what changed."""
+        """Enter the phase of sealing; False where somebody is writing, who has it sealed in the end, and where a seal
+        is under way, which then looks again at what changed."""
         with self.lock:
             self.seal_again = self.sealing
-            if self.sealing:
+            if self.sealing or (self.unsealed and self.writing):
                 return False
             self.sealing = True
             self.seal_error = None
@@ -397,6 +416,7 @@ class Handle:
         self.writable = writable
         with image.lock:
             self._unflushed = writable and image.unsealed
+            self._wrote = False
             image.handles += 1
             image.writers += writable
             image.unflushed += self._unflushed
@@ -420,6 +440,7 @@ class Handle:
     def truncate(self, size: int) -> None:
         """ftruncate(2)."""
         self._require_writable()
+        self._set_unflushed(True)
         self.image.truncate(size)
 
     def allocate(self, mode: int, offset: int, length: int) -> None:
@@ -447,6 +468,7 @@ class Handle:
         image = self.image
         with image.lock:
             in_doubt = image.failed or image.writers or (image.sealing and image.expectations != NOTHING_EXPECTED)
+            image.pinned = image.pinned or not in_doubt
         return None if in_doubt else image.fd
 
     def status(self) -> os.stat_result:
@@ -472,6 +494,8 @@ class Handle:
         with image.lock:
             image.handles -= 1
             image.writers -= self.writable
+            image.writing -= self._wrote
+            image.pinned = image.pinned and image.handles > 0
             image.abandoned |= not complete and self.writable
             if not self.writable or image.writers:
                 return False
@@ -492,3 +516,7 @@ class Handle:
             with self.image.lock:
                 self.image.unflushed += 1 if unflushed else -1
             self._unflushed = unflushed
+        if unflushed and not self._wrote:
+            with self.image.lock:
+                self.image.writing += 1
+            self._wrote = True

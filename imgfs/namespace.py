@@ -43,13 +43,20 @@ class Namespace:
     """The images of several datadirs, highest priority first, under one set of names."""
 
     def __init__(
-        self, datadirs: Sequence[Datadir], new_stream: StreamFactory, thin: bool, removed: Callable[[Image], None]
+        self,
+        datadirs: Sequence[Datadir],
+        new_stream: StreamFactory,
+        removed: Callable[[Image], None],
+        *,
+        thin: bool,
+        write_once: bool,
     ) -> None:
         """`removed` is called with each live image that loses its name for good."""
         self.datadirs = datadirs
         self._removed = removed
         self._new_stream = new_stream
         self._thin = thin
+        self._write_once = write_once
         self._names = NameLocks()
         self._placing = threading.Lock()
         self._table_lock = threading.Lock()
@@ -102,10 +109,19 @@ class Namespace:
             with contextlib.suppress(ImageNotFound):
                 path_fd = datadir.pin(name)
                 image = self._shared(self._image(datadir, name, path_fd, os.fstat(path_fd)))
-                if image.status().st_nlink == 0:  # removed in between, when it was in no table yet
-                    image.name = None
+                self._keep_name(image, name)
                 return image
         raise ImageNotFound(f"no image {name!r}")
+
+    def _keep_name(self, image: Image, name: str) -> None:
+        """Follow what was done to a live image directly, or while it was in no table yet."""
+        if image.name == name and image.status().st_nlink:
+            return
+        links = image.status().st_nlink
+        if links == 0:
+            image.name = None
+        elif links == 1:
+            image.name = name  # it was renamed in the datadir
 
     def hold(self, image: Image) -> Image:
         """One more reference to an image that is referenced already."""
@@ -119,7 +135,8 @@ class Namespace:
             image.references -= 1
             if image.references:
                 return
-            del self._live[image.key]
+            if self._live.get(image.key) is image:
+                del self._live[image.key]
             self._declared.discard(image)
         image.close()
 
@@ -135,7 +152,7 @@ class Namespace:
             raise ImageNotFound(f"no image {name!r}") from None
 
     def _image(self, datadir: Datadir, name: str, path_fd: int, status: os.stat_result) -> Image:
-        return Image(datadir, name, path_fd, status, self._new_stream, thin=self._thin)
+        return Image(datadir, name, path_fd, status, self._new_stream, thin=self._thin, write_once=self._write_once)
 
     def _shared(self, fresh: Image) -> Image:
         """The live image of the inode of `fresh`: `fresh` itself where there is none yet."""
@@ -160,9 +177,20 @@ class Namespace:
             if any(datadir.has_any(name) for datadir in self.datadirs if datadir not in placed[:1]):
                 raise ImageExists(f"image {name!r} exists")
             datadir, fd, status = self._create_in(placed, name, mode, owner)
-            image = self._image(datadir, name, fd, status)
-            image.adopt(fd)
-            return self._shared(image)
+            return self._adopted(self._image(datadir, name, fd, status))
+
+    def _adopted(self, fresh: Image) -> Image:
+        """Enter an image that was just created; somebody may have looked it up already, and entered it before."""
+        fresh.adopt(fresh.path_fd)
+        with self._table_lock:
+            live = self._live.setdefault(fresh.key, fresh)
+            live.references += 1
+        if live is not fresh:
+            with live.change_lock:
+                if not live.unsealed:
+                    live.adopt(os.dup(fresh.path_fd))
+            fresh.close()
+        return live
 
     def declare_size(self, image: Image, size: int, strict: bool) -> None:
         """Reserve `size` bytes for an image that is being written; place it anew while it is still empty.
@@ -173,24 +201,43 @@ class Namespace:
         with self._named(image), image.change_lock, self._placing:
             image.declared_bytes = 0
             status = image.status()
-            empty = image.name is not None and status.st_size == 0
+            empty = image.name is not None and status.st_size == 0 and not image.pinned
             missing = max(0, size - status.st_blocks * 512)
             fitting = [datadir for datadir in self._placed(missing) if empty or datadir is image.datadir]
             if not fitting and strict:
                 raise StorageFull(f"no datadir has room for the {size} bytes declared for {image.name!r}")
             if not fitting:
                 return
-            if image.datadir not in fitting or image.datadir.priority != fitting[0].priority:
-                self._place_anew(image, fitting)
+            if not self._well_placed(image, fitting, strict):
+                return
             image.declared_bytes = size
             with self._table_lock:
                 self._declared.add(image)
+
+    def _well_placed(self, image: Image, fitting: list[Datadir], strict: bool) -> bool:
+        """Move the image to a better datadir, if one takes it; False where it can stay nowhere, and need not."""
+        here = image.datadir in fitting
+        if here and image.datadir.priority == fitting[0].priority:
+            return True
+        better = [datadir for datadir in fitting if not here or datadir.priority > image.datadir.priority]
+        try:
+            self._place_anew(image, better)
+        except (StorageFull, ImageExists):
+            if strict and not here:
+                raise
+            return here
+        return True
 
     def reserved_bytes(self, datadir: Datadir) -> int:
         """What is promised to images that are being written on a datadir's filesystem and not allocated yet."""
         with self._table_lock:
             declared = list(self._declared)
-        return sum(image.outstanding_bytes() for image in declared if image.datadir.device == datadir.device)
+            for image in declared:
+                image.references += 1
+        reserved = sum(image.outstanding_bytes() for image in declared if image.datadir.device == datadir.device)
+        for image in declared:
+            self.let_go(image)
+        return reserved
 
     def _placed(self, size: int | None) -> list[Datadir]:
         return placement.order((self._candidate(d) for d in self.datadirs if d.takes_images), size)
@@ -264,8 +311,13 @@ class Namespace:
     def discard(self, image: Image) -> None:
         """Remove an image at hand, whatever its name is now; one without a name is gone already."""
         with self._named(image):
-            if image.name is not None:
-                self._unlink(image)
+            if image.name is not None and self._is_at(image, image.name):
+                self._unlink(image, image.name)
+
+    def _is_at(self, image: Image, name: str) -> bool:
+        """Whether a name leads to an image at hand; in the datadir, somebody may have put another file there."""
+        status = image.datadir.find(name)
+        return status is not None and key_of(status) == image.key
 
     def rename(self, old: str, new: str, may_replace: Callable[[Image], None]) -> None:
         """Rename an image; one that has the new name already is replaced, in whatever datadir it lies.
@@ -307,30 +359,40 @@ class Namespace:
         here = target is not None and target.datadir is image.datadir
         if not here and image.datadir.has_any(new):
             raise ImageExists(f"{new!r} is taken in {image.datadir.path} by something else; remove that first")
+        gone = {image.datadir, target.datadir if target else image.datadir}
+        if any(datadir.has_any(new) for datadir in self.datadirs if datadir not in gone):
+            raise ImageExists(f"{new!r} is in more than one datadir; remove the copies that are not wanted first")
+        if target is not None:
+            # What replaces an image must be on stable storage before that is gone.
+            os.fsync(image.open_for_read())
         if target is not None and not here:
             self._replace_elsewhere(image, old, new, target)
         else:
             image.datadir.rename(old, new)
             if target is not None:
-                self._forget(target)
+                self._forget(target, new)
         image.name = new
 
     def _replace_elsewhere(self, image: Image, old: str, new: str, target: Image) -> None:
         """Two directories can't change in one step: a note on stable storage says which copy gives way."""
-        note = target.datadir.note_replaced(new)
-        image.datadir.rename(old, new)
+        note = target.datadir.note_replaced(new, image.datadir)
+        try:
+            image.datadir.rename(old, new)
+        except BaseException:
+            target.datadir.forget_replaced(note)
+            raise
         image.datadir.sync()
-        self._unlink(target)
+        self._unlink(target, new)
         target.datadir.sync()
         target.datadir.forget_replaced(note)
 
-    def _unlink(self, image: Image) -> None:
-        assert image.name is not None
-        image.datadir.unlink(image.name)
-        self._forget(image)
+    def _unlink(self, image: Image, name: str) -> None:
+        image.datadir.unlink(name)
+        self._forget(image, name)
 
-    def _forget(self, image: Image) -> None:
-        image.name = None
+    def _forget(self, image: Image, name: str) -> None:
+        if image.name == name:
+            image.name = None
         status = image.status()
         if status.st_nlink == 0:
             image.datadir.xattrs.forget(status.st_ino)
@@ -341,7 +403,7 @@ class Namespace:
         for datadir in self.datadirs:
             for note in datadir.notes_of_replaced():
                 with contextlib.suppress(ImageNotFound):
-                    renamed = note.name and any(d.has_any(note.name) for d in self.datadirs if d is not datadir)
+                    renamed = note.name and any(d.has_any(note.name) for d in self.datadirs if d.path == note.by)
                     if renamed and datadir.status(note.name).st_ino == note.ino:
                         log.warning("the replacement of image %r was cut short; it is completed", note.name)
                         datadir.unlink(note.name)
@@ -361,6 +423,7 @@ def _create_file(datadir: Datadir, name: str, mode: int, owner: Owner) -> tuple[
                 os.fchown(fd, owner.uid, owner.gid)
             except PermissionError:
                 log.debug("image %r can't be given to %s; it stays with the daemon", name, owner)
+                mode &= ~(stat.S_ISUID | stat.S_ISGID)  # they would act for the daemon
         if given_away or mode != stat.S_IMODE(status.st_mode):
             os.fchmod(fd, mode)
     except BaseException:

@@ -180,8 +180,11 @@ class Sealer:
             digests = stream.finish(status.st_size, lambda: outdated() or self._closing_for(GRACE_SECONDS))
             if digests is not None:
                 return digests
+        fd = image.open_for_read()
+        # A store through a mapping to a page that is dirty already does not move the mtime; to a clean one it does.
+        os.fsync(fd)
         return digest_file(
-            image.open_for_read(),
+            fd,
             status.st_size,
             self._pool,
             self._rules.hashing_algo,
@@ -201,7 +204,7 @@ class Sealer:
             image.is_new = False
         self._set_permissions(image)
         with image.change_lock:
-            if image.changes != changes:
+            if image.changes != changes or (image.unsealed and image.writing):
                 raise Interrupted("the image is being changed again")
             status = image.status()
             if (status.st_size, status.st_mtime_ns) != (digests.size, image.mtime_ns):
@@ -222,6 +225,7 @@ class Sealer:
         unmet = expectations.unmet(digests)
         state = State.FAILED if unmet else State.ACTIVE
         image.store_record(Record(state, mtime_ns, digests, expectations))
+        image.expectations = Expectations()
         if unmet:
             os.fsync(image.fd)  # after a crash, too, nobody may take it for good
             log.error("image %r in %s failed: its %s", image.name, image.datadir.path, unmet)

@@ -78,10 +78,22 @@ class ImageStore:
         self._pool = HashPool()
         rules = SealingRules(config.hashing_algo, config.file_perm)
         self._sealer = Sealer(self._pool, rules, self._sealed)
-        self._namespace = Namespace(self.datadirs, self._new_stream, config.thin_provisioning, self._sealer.forget)
         self._changed: ImageChanged = lambda _name, _bytes: None
         self._watcher: Watcher | None = None
-        self._resealer = Resealer(self._namespace, self._reseal_here) if config.reseal is Reseal.BACKGROUND else None
+        self._resealer: Resealer | None = None
+        try:
+            self._namespace = Namespace(
+                self.datadirs,
+                self._new_stream,
+                self._sealer.forget,
+                thin=config.thin_provisioning,
+                write_once=config.write_once,
+            )
+        except BaseException:
+            self.close()
+            raise
+        if config.reseal is Reseal.BACKGROUND:
+            self._resealer = Resealer(self._namespace, self._reseal_here)
 
     def __enter__(self) -> Self:
         return self
@@ -121,7 +133,7 @@ class ImageStore:
         if told is None:
             self._changed(None, True)
             return
-        busy = {image.name for image in self._namespace.live_images() if image.writers or image.sealing}
+        busy = {image.name for image in self._namespace.live_images() if image.unsealed or image.sealing}
         for name in told.keys() - busy:
             self._changed(name, told[name])
 

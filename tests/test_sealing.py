@@ -112,7 +112,9 @@ def test_record_comes_after_bytes_and_name_are_on_stable_storage(
 ) -> None:
     writing(store, "x")
     store.digests("x")
-    assert order == ["sync x", "sync high", "record x active"]
+    # What is read again is synced before, too: a mapping moves the mtime only of what is clean.
+    assert order[-3:] == ["sync x", "sync high", "record x active"]
+    assert set(order[:-3]) <= {"sync x"}
 
 
 def test_name_of_an_image_that_is_there_already_is_not_synced_again(
@@ -120,7 +122,7 @@ def test_name_of_an_image_that_is_there_already_is_not_synced_again(
 ) -> None:
     (tmp_path / "high/x").write_bytes(b"x")
     store.digests("x")
-    assert order == ["sync x", "record x active"]
+    assert order == ["sync x", "sync x", "record x active"]
 
 
 def test_failed_verdict_is_put_on_stable_storage(store: ImageStore, order: list[str]) -> None:

@@ -812,7 +812,7 @@ def test_interrupted_replacement_is_completed_at_the_next_start(
         (tmp_path / "high/x").write_bytes(b"new")
         (tmp_path / "low/y").write_bytes(b"old")
         high, low = store.datadirs
-        low.note_replaced("y")
+        low.note_replaced("y", store.datadirs[0])
         high.rename("x", "y")
     again = open_store()
     assert files(tmp_path / "high", tmp_path / "low") == ["y"]
@@ -825,7 +825,7 @@ def test_replacement_that_was_never_begun_changes_nothing(open_store: OpenStore,
     with open_store() as store:
         (tmp_path / "high/x").write_bytes(b"new")
         (tmp_path / "low/y").write_bytes(b"old")
-        store.datadirs[1].note_replaced("y")
+        store.datadirs[1].note_replaced("y", store.datadirs[0])
     again = open_store()
     assert (content(again, "x"), content(again, "y")) == (b"new", b"old")
     assert os.listdir(tmp_path / "low/.imgfs") == []
@@ -834,7 +834,7 @@ def test_replacement_that_was_never_begun_changes_nothing(open_store: OpenStore,
 def test_note_of_a_replacement_spares_another_file_of_that_name(open_store: OpenStore, tmp_path: Path) -> None:
     with open_store() as store:
         (tmp_path / "low/y").write_bytes(b"old")
-        store.datadirs[1].note_replaced("y")
+        store.datadirs[1].note_replaced("y", store.datadirs[0])
     os.link(tmp_path / "low/y", tmp_path / "kept")  # so that its inode number is not used again
     (tmp_path / "low/y").unlink()
     (tmp_path / "low/y").write_bytes(b"other")

@@ -24,6 +24,7 @@ from imgfs.kernel.operations import Operations
 from imgfs.kernel.replies import Attributes, Timeouts
 from imgfs.kernel.requests import Header
 
+LONG_S = 60
 RENAME_NOREPLACE = 1 << 0
 RENAME_EXCHANGE = 1 << 1
 UTIME_NOW = 0x3FFFFFFF
@@ -290,7 +291,9 @@ class Filesystem:
             number = next(self._listing_numbers)
             self._listings[number] = None
         # The kernel may keep the listing as long as the directory's mtime stands (fs/fuse/readdir.c).
-        keep = abi.FOPEN_KEEP_CACHE | abi.FOPEN_CACHE_DIR if self._timeouts.entry_s else 0
+        # Names are kept for long only where changes are told; a clock behind would hide one otherwise.
+        told = self._timeouts.entry_s >= LONG_S
+        keep = abi.FOPEN_KEEP_CACHE | abi.FOPEN_CACHE_DIR if told else 0
         return replies.open_out(number, keep)
 
     def readdir(self, _header: Header, request: requests.ReadIn) -> Payload:

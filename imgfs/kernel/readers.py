@@ -86,6 +86,7 @@ class Readers:
                 if len(self._waiting) >= MAX_WAITING and device is not self._device:
                     break
         finally:
+            self._give_place_away(device)
             if device is not self._device:
                 device.close()
             with self._changed:
