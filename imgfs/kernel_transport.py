@@ -81,6 +81,9 @@ class KernelTransport:
         if name is None:
             self._session.look_again_at_all()
             return
+        if not name:  # a datadir itself (inotify(7))
+            self._session.invalidate_root()
+            return
         try:
             status = self._operations.find(name)
         except OSError:

@@ -105,6 +105,16 @@ def test_cached_names_and_attributes_follow_direct_changes(mount: Mounter) -> No
 
 
 @ON_KERNEL
+def test_directory_follows_a_direct_change_of_the_datadir_itself(mount: Mounter) -> None:
+    images = mount()
+    before = images.path.stat()
+    images.datadirs[0].chmod(0o700 if before.st_mode & 0o077 else 0o750)
+    wait_until(lambda: images.path.stat().st_mode != before.st_mode, "the new mode")
+    (images / "x").write_bytes(b"x")
+    assert os.listdir(images.path) == ["x"]
+
+
+@ON_KERNEL
 def test_reader_by_passthrough_of_a_replaced_file_keeps_the_old_bytes(mount: Mounter) -> None:
     images = mount()
     (images / "a").write_bytes(b"old" * 100_000)
