@@ -50,6 +50,17 @@ def wait_for_rest(mounted: Mounted) -> None:
     wait_until(lambda: not descriptors(mounted), "the end of all descriptors")
 
 
+def wait_for_quiet(mounted: Mounted) -> None:
+    """Wait until the daemon reads nothing any more: it has heard of all that was written to its datadirs directly."""
+    counts: list[int] = []
+
+    def quiet() -> bool:
+        counts.append(requests(mounted))
+        return counts[-30:].count(counts[-1]) == 30
+
+    wait_until(quiet, "the daemon's rest")
+
+
 @contextmanager
 def resting(mounted: Mounted, path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
     """A descriptor of an image that nobody else has open."""
@@ -66,6 +77,7 @@ def requests_to_read(mounted: Mounted, name: str, block: bytes) -> int:
     """
     buffer, twice = bytearray(len(block)), block + block
     with resting(mounted, mounted / name) as fd, mmap.mmap(fd, READ_BYTES, prot=mmap.PROT_READ) as mapped:
+        wait_for_quiet(mounted)
         before = requests(mounted)
         for _ in range(READ_BYTES // len(block)):
             assert os.readv(fd, [buffer]) == len(block)
