@@ -26,10 +26,11 @@ def images(mount: Callable[..., Mounted]) -> Mounted:
 
 
 def answers(path: str) -> bool:
-    """Whether somebody listens on a Unix socket."""
+    """Whether an NBD server greets; it listens before it has opened its image, but greets after that."""
     with socket.socket(socket.AF_UNIX) as client, contextlib.suppress(OSError):
+        client.settimeout(1)
         client.connect(path)
-        return True
+        return client.recv(8) == b"NBDMAGIC"
     return False
 
 
