@@ -74,10 +74,11 @@ class Programs(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.close_all()
-        self.digests_are_those_of_the_bytes()
-        for name in os.listdir(self.files):
-            (self.files / name).unlink()
-            (self.images / name).unlink()
+        try:
+            self.digests_are_those_of_the_bytes()
+        finally:  # the next program begins with nothing
+            for path in (*self.files.iterdir(), *self.images.iterdir()):
+                path.unlink()
 
     # --- both sides ---
 
