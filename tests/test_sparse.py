@@ -18,6 +18,7 @@ GIB = 1 << 30
 HUGE_BYTES = 100 * GIB
 HUGE_DATA_BYTES = 100 * MIB
 SECONDS = 30.0  # by reading all of it, a copy of HUGE_BYTES takes longer
+UNMOUNT_SECONDS = 15.0  # to hash the holes takes longer
 ATTRIBUTES_BYTES = 8192  # what extended attributes may take up beside the bytes (ext4)
 
 pytestmark = pytest.mark.parametrize("mount", ["kernel"], indirect=True)
@@ -133,8 +134,9 @@ def test_sparse_image_of_100_gib_is_copied_in_seconds(mount: Mount, tmp_path: Pa
     for copy in (images / "a", images / "b", tmp_path / "out"):
         assert allocated(copy) <= allocated(source) + 4 * MIB
         assert same_data(source, copy)
+    began = time.monotonic()
     assert images.unmount() == 0
-    assert time.monotonic() - began < 2 * SECONDS
+    assert time.monotonic() - began < UNMOUNT_SECONDS
 
 
 def test_copied_sparse_image_gets_the_digest_of_its_bytes(mount: Mount, tmp_path: Path) -> None:
