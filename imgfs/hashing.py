@@ -143,12 +143,17 @@ class HashPool:
         for thread in self._threads:
             thread.start()
 
-    def feed(self, lanes: list[_Lane], chunk: Chunk) -> None:
-        """Queue a chunk for every lane of a stream; waits while there is no room for it."""
+    def feed(self, lanes: list[_Lane], chunk: Chunk, stop: Stop = never) -> None:
+        """Queue a chunk for every lane of a stream; waits while there is no room for it, or until `stop()` is true.
+
+        After a stop the chunk is missing, so the stream is of no use any more.
+        """
         length = _queue_bytes(chunk)
         with self._lock:
             while not self._has_room(lanes, length):
-                self._progress.wait()
+                if stop():
+                    return
+                self._progress.wait(STOP_SECONDS)
             for lane in lanes:
                 lane.put(chunk)
                 self._queued_bytes += length
@@ -249,7 +254,7 @@ class DigestStream:
             self._by_algo = {algo: _Lane(_new(algo)) for algo in (CHECKSUM_ALGO, self._algo)}
         return list(self._by_algo.values())
 
-    def write(self, offset: int, data: bytes | memoryview) -> None:
+    def write(self, offset: int, data: bytes | memoryview, stop: Stop = never) -> None:
         """Take bytes written at `offset`; a gap before them counts as zeros.
 
         A step back breaks the stream, and so do gaps of more than `max_gap` bytes that are yet to be hashed.
@@ -260,7 +265,7 @@ class DigestStream:
             self.break_off()
             return
         self._skip_to(offset)
-        self._pool.feed(self._lanes, data)
+        self._pool.feed(self._lanes, data, stop)
         self._position += len(data)
 
     def truncate(self, size: int) -> None:
@@ -333,8 +338,10 @@ def digest_file(fd: int, size: int, pool: HashPool, algo: str, stop: Stop = neve
                 chunk = os.pread(fd, min(READ_BYTES, end - offset), offset)
                 if not chunk:
                     raise ImageChanging("the file became shorter while it was read")
-                stream.write(offset, chunk)
+                stream.write(offset, chunk, stop)
                 offset += len(chunk)
+        if stop():
+            raise Interrupted("the reading for digests was given up")
         if os.fstat(fd).st_size < size:
             raise ImageChanging("the file became shorter while it was read")
         digests = stream.finish(size, stop)
