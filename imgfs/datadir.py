@@ -274,7 +274,7 @@ class Datadir:
             fields = json.loads(text)
             name = names.check(os.fsdecode(bytes.fromhex(fields["name"])))
             return Replaced(token, name, int(fields["ino"]), str(fields["by"]))
-        except (ValueError, KeyError, TypeError, RecursionError, InvalidName):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError, InvalidName):
             return Replaced(token, "", -1, "")  # cut short: the rename it announces was never begun
 
     # --- opening ---

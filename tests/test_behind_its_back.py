@@ -172,7 +172,7 @@ def _copy(source: Handle, target: Handle, size: int) -> None:
         offset += target.copy_from(source, offset, offset, size - offset)
 
 
-@pytest.mark.parametrize("kind", ["file", "directory", "symlink", "pipe"])
+@pytest.mark.parametrize("kind", ["file", "number", "directory", "symlink", "pipe"])
 def test_hostile_note_leads_nowhere_and_keeps_no_store_from_opening(
     open_store: OpenStore, tmp_path: Path, kind: str
 ) -> None:
@@ -184,6 +184,7 @@ def test_hostile_note_leads_nowhere_and_keeps_no_store_from_opening(
     fields = {"name": os.fsencode(victim).hex(), "ino": victim.stat().st_ino, "by": str(tmp_path / "two")}
     {
         "file": lambda: note.write_text(json.dumps(fields)),
+        "number": lambda: note.write_text('{"name": "78", "ino": 1e400, "by": ""}'),
         "directory": note.mkdir,
         "symlink": lambda: note.symlink_to(victim),
         "pipe": lambda: os.mkfifo(note),
