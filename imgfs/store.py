@@ -118,7 +118,7 @@ class ImageStore:
         if self._health:
             self._health.close()
         if self._resealer:
-            self._resealer.close()
+            self._resealer.close(lambda: any(datadir.offline is not None for datadir in self.datadirs))
         self._pool.close()
         for datadir in self.datadirs:
             if datadir.offline is None:  # what is stuck in one may still use its descriptors
