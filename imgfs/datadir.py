@@ -24,7 +24,7 @@ from typing import ParamSpec, TypeVar, cast
 
 from imgfs import linux, mount_table, names
 from imgfs.config import DatadirConfig, Mode
-from imgfs.errors import DatadirError, DatadirOffline, ImageNotFound, InvalidName, WriteDenied
+from imgfs.errors import AnsweredTooLate, DatadirError, DatadirOffline, ImageNotFound, InvalidName, WriteDenied
 from imgfs.xattrs import NativeXattrs, ReadOnlyXattrs, SidecarXattrs, Xattrs, proc_path, read_regular, supported
 
 log = logging.getLogger(__name__)
@@ -143,9 +143,11 @@ class Datadir:
 
     def is_lost(self, error: OSError) -> bool:
         """Whether an error means that the datadir itself, not one file, can't be reached; then it is offline now."""
+        if isinstance(error, AnsweredTooLate):
+            return False
         if self.offline is not None:
             return True
-        if error.errno not in LOST_ERRNOS:
+        if error.errno not in LOST_ERRNOS or isinstance(error, DatadirOffline):
             return False
         try:
             self.check_root()
@@ -153,6 +155,11 @@ class Datadir:
             if found.errno in LOST_ERRNOS:
                 self.go_offline(f"its root gives: {found.strerror}")
         return self.offline is not None
+
+    def may_be_spared(self, error: OSError) -> bool:
+        """The same for who can do without its answer: it may also be too busy with calls that do not come back."""
+        refused = isinstance(error, DatadirOffline) and not isinstance(error, AnsweredTooLate)
+        return refused or self.is_lost(error)
 
     def check_root(self) -> None:
         """Look at the root in every way that imgfs does; raises what a dead filesystem says. Changes nothing."""

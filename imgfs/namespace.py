@@ -81,7 +81,7 @@ class Namespace:
             try:
                 given.append(ask(datadir))
             except OSError as error:
-                if not datadir.is_lost(error):
+                if not datadir.may_be_spared(error):
                     raise
         return given
 
@@ -324,7 +324,7 @@ class Namespace:
         try:
             return placement.Candidate(datadir, datadir.priority, datadir.free_bytes() - kept)
         except OSError as error:
-            if not datadir.is_lost(error):
+            if not datadir.may_be_spared(error):
                 raise
             return None
 

@@ -125,11 +125,11 @@ class ImageStore:
                 datadir.close()
 
     def on_stuck(self, stuck: Callable[[list[Call]], None]) -> None:
-        """Have `stuck` called with calls that a datadir, offline by now, has not answered; more than once, maybe."""
+        """Have `stuck` called with calls that a datadir does not answer, given up or not yet; see Health."""
         self._stuck = stuck
 
     def _calls_stuck(self, calls: list[Call]) -> None:
-        threads = {call.thread for call in calls}
+        threads = {call.thread for call in calls if call.given_up}
         self._namespace.replace(threads)
         self._sealer.replace(threads)
         self._stuck(calls)

@@ -204,15 +204,15 @@ class KernelSession:
     # One request, one reply
 
     def give_up(self, calls: Iterable[StuckCall]) -> None:
-        """These calls do not come back: answer in place of their threads, which are not waited for any more.
+        """These calls do not come back: do without their threads, and answer in place of those that are given up.
 
         What only asks is asked again by another thread, as it may concern something else than what is stuck.
         """
         for call in calls:
-            taken = self._context.take_over(call)
+            self._readers.lose(call.thread)
+            taken = self._context.take_over(call) if call.given_up else None
             if taken is None:
                 continue
-            self._readers.lose(call.thread)
             if taken.header.opcode in _ASKS and not taken.again:
                 arguments = (taken.device, taken.data, True)
                 threading.Thread(target=self._answer, args=arguments, name="fuse-again", daemon=True).start()
