@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from imgfs import privileges
 from imgfs.errors import MountError
 from imgfs.fuse_ops import ImageOperations
 from imgfs.mounts import FSTYPE
@@ -87,7 +88,12 @@ class FusepyTransport:
         `ready` is called as the mount comes up. Raises MountError where libfuse does not come up; it has written
         the reason to stderr then.
         """
-        operations.on_init(ready)
+
+        def up() -> None:
+            privileges.keep_descriptors_to_ourselves()  # libfuse's own of /dev/fuse, too
+            ready()
+
+        operations.on_init(up)
         settings: dict[str, Any] = {
             "foreground": True,
             "fsname": "imgfs",
