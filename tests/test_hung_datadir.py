@@ -16,7 +16,7 @@ from tests.clients import assert_sealed, fails_with, md5
 from tests.conftest import WAIT_SECONDS, FaultyMaker, Mounted, Mounter, attribute, run, wait_until
 from tests.faulty import Faulty
 
-TIMEOUT = 1
+TIMEOUT = 2
 EXPECTED = "is offline|is online again|stays stale|still being worked on|came too late|is passed over"
 PROMPT_SECONDS = 10.0
 
