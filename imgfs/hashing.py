@@ -323,17 +323,19 @@ def data_spans(fd: int, size: int) -> Iterator[tuple[int, int]]:
         end = hole
 
 
-def _read_gently(fd: int, start: int, end: int) -> Iterator[bytes]:
+def _read_gently(fd: int, start: int, end: int, stop: Stop) -> Iterator[bytes]:
     """The bytes from `start` to `end`; what only this reading brings into the page cache goes out again.
 
     So sealing a large image does not push out what others read (posix_fadvise(2)). Whether a window was cached
-    before is asked at its middle, where no readahead has been yet.
+    before is asked at its middle, where no readahead has been yet. Raises Interrupted once `stop()` is true.
     """
     for window in range(start, end, WINDOW_BYTES):
         window_end = min(window + WINDOW_BYTES, end)
         keep = _is_cached(fd, (window + window_end) // 2)
         offset = window
         while offset < window_end:
+            if stop():
+                raise Interrupted("the reading for digests was given up")
             chunk = os.pread(fd, min(READ_BYTES, window_end - offset), offset)
             if not chunk:
                 raise ImageChanging("the file became shorter while it was read")
@@ -363,9 +365,7 @@ def digest_file(fd: int, size: int, pool: HashPool, algo: str, stop: Stop = neve
     try:
         for start, end in data_spans(fd, size):
             offset = start
-            for chunk in _read_gently(fd, start, end):
-                if stop():
-                    raise Interrupted("the reading for digests was given up")
+            for chunk in _read_gently(fd, start, end, stop):
                 stream.write(offset, chunk, stop)
                 offset += len(chunk)
         if stop():
