@@ -33,6 +33,7 @@ FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """What a datadir says when it can't take an image for want of room."""
 UNTOLD_BYTES = 1 << 50
 """What counts as free where a filesystem does not tell its size at all (ramfs, some network filesystems)."""
+MOST_IDENTITIES = 10_000
 LOCK_WAIT_SECONDS = 10.0
 _LOCK_RETRY_SECONDS = 0.05
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -101,6 +102,7 @@ class Datadir:
         self.path = config.path
         self.priority = config.priority
         self.tag = 1
+        self.identities: dict[int, int] = {}  # of relocated images: inode number -> what they were known by before
         self.offline: str | None = None  # why it counts as offline; None: it is online
         self._open()
         try:
@@ -158,6 +160,11 @@ class Datadir:
             fd = self.__dict__.pop(attribute, None)
             if fd is not None:
                 os.close(fd)
+
+    @property
+    def own_fd(self) -> int:
+        """The descriptor of imgfs's own room here; there is one wherever images may be changed."""
+        return cast(int, self._own_fd)
 
     # --- files ---
 
@@ -233,6 +240,16 @@ class Datadir:
             return self.tag << 48 | ino
         mixed = hashlib.blake2b(ino.to_bytes(8, "little"), digest_size=6).digest()
         return self.tag << 48 | int.from_bytes(mixed, "little")
+
+    def identity(self, ino: int) -> int:
+        """What tells images apart for whoever keeps something about one: it stays when an image is relocated."""
+        return self.identities.get(ino) or self.inode_number(ino)
+
+    def take_over(self, ino: int, identity: int) -> None:
+        """A file here is from now on the image that had this identity elsewhere."""
+        self.identities[ino] = identity
+        while len(self.identities) > MOST_IDENTITIES:
+            self.identities.pop(next(iter(self.identities)))
 
     # --- the filesystem below ---
 

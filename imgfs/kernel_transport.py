@@ -91,7 +91,7 @@ class KernelTransport:
         if status is None:
             self._session.look_again(name, None, data=data)
         else:
-            self._session.look_again(name, status["st_ino"], links=status["st_nlink"], data=data)
+            self._session.look_again(name, status["identity"], links=status["st_nlink"], data=data)
 
 
 @contextlib.contextmanager

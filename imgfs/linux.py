@@ -5,6 +5,7 @@ the birth time that statx(2) knows.
 """
 
 import ctypes
+import errno
 import os
 import struct
 
@@ -13,6 +14,8 @@ FALLOC_FL_PUNCH_HOLE = 0x02
 FALLOC_FL_ZERO_RANGE = 0x10
 RENAME_NOREPLACE = 1 << 0  # include/uapi/linux/fs.h
 RENAME_EXCHANGE = 1 << 1
+NO_RENAME_FLAGS = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
+"""What a filesystem says that knows none of these."""
 _AT_EMPTY_PATH = 0x1000
 _STATX_BTIME = 0x800  # include/uapi/linux/stat.h, as are the size and the places in struct statx
 _STATX_BYTES = 256
@@ -33,6 +36,12 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
 def exchange(directory_fd: int, one: str, other: str) -> None:
     """Swap two names of a directory in one step (renameat2(2) with RENAME_EXCHANGE)."""
     _check(_libc.renameat2(directory_fd, os.fsencode(one), directory_fd, os.fsencode(other), RENAME_EXCHANGE))
+
+
+def rename_new(old_directory_fd: int, old: str, new_directory_fd: int, new: str) -> None:
+    """Rename in one step to a name that must be free: FileExistsError where it is not (RENAME_NOREPLACE)."""
+    arguments = (old_directory_fd, os.fsencode(old), new_directory_fd, os.fsencode(new))
+    _check(_libc.renameat2(*arguments, RENAME_NOREPLACE))
 
 
 def birth_time_ns(fd: int) -> int | None:

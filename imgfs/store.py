@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
 from imgfs import location as locations
 from imgfs import metadata as labels
@@ -36,6 +36,7 @@ from imgfs.hashing import Digests, DigestStream, HashPool, Stop, Verifier, never
 from imgfs.image import Handle, Image
 from imgfs.namespace import NOBODY_IN_PARTICULAR, Namespace, Owner
 from imgfs.record import State
+from imgfs.relocation import Relocator
 from imgfs.resealing import Resealer
 from imgfs.sealing import Sealer, SealingRules
 from imgfs.watching import Watcher, watch
@@ -46,6 +47,7 @@ NEW_IMAGE_MODE = 0o640
 LONG_GAP_BYTES = 64 << 20  # takes 0.1 s to hash; a writer does not wait for more, the image is read again
 
 
+T = TypeVar("T")
 ImageChanged = Callable[[str | None, bool], None]
 """Told a name (None: any; empty: the listing), and whether the bytes may have changed, not only attributes."""
 
@@ -90,8 +92,9 @@ class ImageStore:
                 write_once=config.write_once,
             )
         except BaseException:
-            self.close()
+            self._let_go()
             raise
+        self._relocator = Relocator(self._namespace)
         if config.reseal is Reseal.BACKGROUND:
             self._resealer = Resealer(self._namespace, self._reseal_here)
 
@@ -105,6 +108,10 @@ class ImageStore:
 
     def close(self) -> None:
         """Finish the seals that need no reading, leave the others stale, and let go of the datadirs."""
+        self._relocator.close()
+        self._let_go()
+
+    def _let_go(self) -> None:
         if self._watcher:
             self._watcher.close()
         self._sealer.close()
@@ -261,19 +268,60 @@ class ImageStore:
         else:
             self._sealer.seal(image)
 
+    def write(self, handle: Handle, data: bytes | memoryview, offset: int) -> int:
+        """Write at `offset`; gives the bytes written. An image that finds no room is relocated first.
+
+        Raises StorageFull where no datadir can take it.
+        """
+        written = 0
+        while written < len(data):
+            rest = memoryview(data)[written:] if written else data
+            try:
+                written += self._with_room(handle, offset + written, len(rest), handle.write, rest, offset + written)
+            except OSError:
+                if written:
+                    break  # the next call will show it (write(2))
+                raise
+        return written
+
+    def copy_range(self, source: Handle, source_offset: int, handle: Handle, offset: int, length: int) -> int:
+        """copy_file_range(2); gives the bytes copied. An image that finds no room is relocated first."""
+        copied: int = self._with_room(handle, offset, length, handle.copy_from, source, source_offset, offset, length)
+        return copied
+
+    def _with_room(self, handle: Handle, offset: int, length: int, act: Callable[..., T], *arguments: Any) -> T:
+        """Do something that may take `length` bytes at `offset`, again wherever the image finds room.
+
+        Raises StorageFull where no datadir can take it.
+        """
+        full: set[Datadir] = set()
+        while True:
+            datadir = handle.image.datadir
+            try:
+                return act(*arguments)
+            except OSError as error:
+                if error.errno not in FULL_ERRNOS:
+                    raise
+                full.add(datadir)
+                no_room = error
+            try:
+                self._relocator.relocate(handle.image, offset, length, full)
+            except StorageFull as error:
+                raise error from no_room
+
     def truncate(self, handle: Handle, size: int) -> None:
         """ftruncate(2); on an empty new image the size counts as a declared one, too (for its placement)."""
         image = handle.image
         if size and image.unsealed and image.status().st_size == 0:
-            self._namespace.declare_size(image, size, strict=False)
-        handle.truncate(size)
+            self._relocator.declare_size(image, size, strict=False)
+        self._with_room(handle, size, 0, handle.truncate, size)
 
     def allocate(self, handle: Handle, mode: int, offset: int, length: int) -> None:
         """fallocate(2); on an empty new image it counts as a declared size, too (for its placement)."""
         image = handle.image
         if image.unsealed and image.status().st_size == 0:
-            self._namespace.declare_size(image, offset + length, strict=False)
-        handle.allocate(mode, offset, length)
+            self._relocator.declare_size(image, offset + length, strict=False)
+        self._with_room(handle, offset, length, handle.allocate, mode, offset, length)
 
     # --- sealing ---
 
@@ -288,7 +336,7 @@ class ImageStore:
         Raises NotPermitted once the image is sealed, StorageFull where no datadir can take it.
         """
         image.require_saving()
-        self._namespace.declare_size(image, size, strict=True)
+        self._relocator.declare_size(image, size, strict=True)
         image.expect(size=size)
 
     def digests(self, name: str, interrupted: Stop = never) -> Digests:
@@ -403,13 +451,13 @@ class ImageStore:
         """Write all of the data and close the handle; gives the bytes written."""
         try:
             if size:
-                self._namespace.declare_size(handle.image, size, strict=True)
+                self._relocator.declare_size(handle.image, size, strict=True)
             written = 0
             for chunk in _chunks(data, self.config.chunk_size_bytes):
                 if size and written + len(chunk) > size:
                     raise SizeMismatch(f"more than the declared {size} bytes came")
                 # Hashed after this returns, so it must not be a buffer that its owner fills again.
-                _write_all(handle, bytes(chunk), written)
+                self._write_all(handle, bytes(chunk), written)
                 written += len(chunk)
                 if verifier is not None:
                     verifier.update(chunk)
@@ -423,6 +471,13 @@ class ImageStore:
             raise
         finally:
             self.close_handle(handle)
+
+    def _write_all(self, handle: Handle, chunk: bytes, offset: int) -> None:
+        """Write until nothing is left, so that an error cut short by bytes already written is shown, too."""
+        view = memoryview(chunk)
+        while view:
+            written = self.write(handle, view, offset)
+            view, offset = view[written:], offset + written
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> Iterator[bytes]:
         """The bytes of an image, from an offset, as many as wanted, in chunks of `chunk_size` (Glance 14).
@@ -473,14 +528,6 @@ def _chunks(data: Readable | Iterable[bytes], size: int) -> Iterator[bytes]:
         yield from iter(lambda: data.read(size), b"")
     else:
         yield from data
-
-
-def _write_all(handle: Handle, chunk: bytes, offset: int) -> None:
-    """Write until nothing is left, so that an error cut short by bytes already written is shown, too."""
-    view = memoryview(chunk)
-    while view:
-        written = handle.write(view, offset)
-        view, offset = view[written:], offset + written
 
 
 @contextlib.contextmanager
