@@ -24,7 +24,6 @@ log = logging.getLogger(__name__)
 
 _PREFIX = "transit-"
 _NOTE = ".note"
-_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +57,7 @@ class Transit:
     def __init__(self, datadir: Datadir) -> None:
         self.datadir = datadir
         self._token = _PREFIX + secrets.token_hex(8)
-        self.fd = os.open(self._token, _NEW, 0o600, dir_fd=datadir.own_fd)
+        self.fd = datadir.create_own(self._token)
         self.ino = os.fstat(self.fd).st_ino
         try:
             datadir.xattrs.forget(self.ino)  # of an earlier inode of this number
@@ -68,7 +67,7 @@ class Transit:
 
     def announce(self, name: str, old: Datadir, old_ino: int) -> None:
         """Put on stable storage which file this one is to replace."""
-        fd = os.open(self._token + _NOTE, _NEW, 0o600, dir_fd=self.datadir.own_fd)
+        fd = self.datadir.create_own(self._token + _NOTE)
         with open(fd, "wb") as file:
             file.write(Arrival(name, self.ino, old.path, old_ino).encode())
             file.flush()
