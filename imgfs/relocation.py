@@ -28,6 +28,7 @@ from imgfs.xattrs import proc_path
 log = logging.getLogger(__name__)
 
 CLOSING_SECONDS = 10.0
+RECORD_BYTES = 4096  # a filesystem may need a block for it
 
 
 class Relocator:
@@ -58,7 +59,9 @@ class Relocator:
                 return
             worse = [datadir for datadir in self._namespace.datadirs if here and datadir.priority <= priority]
             try:
-                self._move(image, max(size, sparse.data_bytes(image.fd)), size, {image.datadir, *worse}, size)
+                self._move(
+                    image, max(size, sparse.data_bytes(image.open_for_read())), size, {image.datadir, *worse}, size
+                )
             except StorageFull as error:
                 if strict and not here:
                     message = f"no datadir has room for the {size} bytes declared for {image.name!r}"
@@ -72,13 +75,17 @@ class Relocator:
         """
         with image.change_lock:
             if image.datadir in full:
-                size = sparse.data_bytes(image.fd, offset, length) + length
+                size = sparse.data_bytes(image.open_for_read(), offset, length) + length
                 self._move(image, max(size, image.declared_bytes), offset + length, full, image.declared_bytes)
+
+    def make_room_for_record(self, image: Image) -> None:
+        """Move an image that is complete, but whose datadir is too full even for its record. Raises StorageFull."""
+        self.relocate(image, 0, RECORD_BYTES, {image.datadir})
 
     def _move(self, image: Image, size: int, end: int, passed_over: set[Datadir], declared: int) -> None:
         """Move an image to the best datadir with room for `size` bytes, in a file that may be `end` bytes long."""
         self._require_movable(image)
-        with self._counted():
+        with self._under_way_with(image):
             while True:
                 with self._namespace.promised(size, passed_over) as promise:
                     if self._moved(image, promise, end):
@@ -143,12 +150,15 @@ class Relocator:
             raise ImageChanging("its file was changed directly meanwhile")
 
     @contextlib.contextmanager
-    def _counted(self) -> Iterator[None]:
+    def _under_way_with(self, image: Image) -> Iterator[None]:
+        """Inside, the image is kept though all its handles may go, and the store waits with its end."""
         with self._lock:
             self._under_way += 1
+        self._namespace.hold(image)
         try:
             yield
         finally:
+            self._namespace.let_go(image)
             with self._lock:
                 self._under_way -= 1
                 self._lock.notify_all()

@@ -79,7 +79,7 @@ class ImageStore:
         self._labels = {datadir.path: self._label(datadir) for datadir in self.datadirs}
         self._pool = HashPool()
         rules = SealingRules(config.hashing_algo, config.file_perm)
-        self._sealer = Sealer(self._pool, rules, self._sealed)
+        self._sealer = Sealer(self._pool, rules, self._sealed, self._make_room_for_record)
         self._changed: ImageChanged = lambda _name, _bytes: None
         self._watcher: Watcher | None = None
         self._resealer: Resealer | None = None
@@ -134,6 +134,9 @@ class ImageStore:
         if image.name is not None:
             self._changed(image.name, False)
         self._namespace.let_go(image)
+
+    def _make_room_for_record(self, image: Image) -> None:
+        self._relocator.make_room_for_record(image)
 
     def _changed_directly(self, told: dict[str, bool] | None) -> None:
         """Pass on what may be news; of an image that is written here right now nobody keeps anything."""

@@ -21,6 +21,7 @@ from tests.clients import (
     crash,
     digest,
     fails_with,
+    fill,
     md5,
     new_image,
     opened,
@@ -417,6 +418,25 @@ def test_program_that_has_the_image_open_by_passthrough_keeps_it_in_its_datadir(
         assert os.pread(reader, 4 * MIB, 0) == content
     assert_sealed(images / "x")
     assert datadir_of(images / "x") == ("fs0" if pinned else "fs1")
+
+
+def test_complete_image_whose_record_finds_no_room_is_relocated(
+    filesystem: Filesystem, open_store: OpenStore
+) -> None:
+    places = [filesystem("ext4", 8), filesystem("ext4", 16)]
+    store = open_store([f"{places[0]}:200", f"{places[1]}:100"])
+    handle = store.create("x")
+    content = os.urandom(MIB)
+    store.write(handle, content, 0)
+    handle.sync()
+    fill(places[0], 64 * KIB)
+    with contextlib.suppress(OSError), open(places[0] / ".filled/rest", "wb", buffering=0) as rest:
+        while True:
+            rest.write(bytes(KIB))
+    store.close_handle(handle)
+    assert store.digests("x").checksum == md5(content)
+    assert store.state("x") == "active"
+    assert store.location("x").endswith("/fs1/x")
 
 
 class Held:
