@@ -39,6 +39,10 @@ class KernelTransport:
         """Whether they were interrupted meanwhile (FUSE_INTERRUPT)."""
         return self._context.interrupted()
 
+    def abandoned(self) -> bool:
+        """Whether nobody waits for an answer any more."""
+        return self._context.abandoned()
+
     def describe(self) -> str:
         """What `user.imgfs.transport` shows."""
         on = self._session is not None and self._session.passthrough

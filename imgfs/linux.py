@@ -1,12 +1,13 @@
 """The few system calls that the standard library lacks, through the C library, with errors as OSError.
 
-fallocate(2) with its modes (posix_fallocate would write zeros where the filesystem can't), renameat2(2), and
-the birth time that statx(2) knows.
+fallocate(2) with its modes (posix_fallocate would write zeros where the filesystem can't), renameat2(2),
+the birth time that statx(2) knows, and what proc(5) says of a process that is being ended.
 """
 
 import ctypes
 import errno
 import os
+import signal
 import struct
 
 FALLOC_FL_KEEP_SIZE = 0x01  # include/uapi/linux/falloc.h
@@ -52,6 +53,16 @@ def birth_time_ns(fd: int) -> int | None:
         return None
     seconds, nanoseconds = _STX_BTIME.unpack_from(buffer)
     return int(seconds) * 1_000_000_000 + int(nanoseconds)
+
+
+def is_dying(pid: int) -> bool:
+    """Whether a process, or thread, is gone or being ended by a signal: the kernel then has a SIGKILL pending."""
+    try:
+        with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as status:
+            pending = next((line.split()[1] for line in status if line.startswith("SigPnd:")), "0")
+    except OSError:
+        return True
+    return bool(int(pending, 16) >> (signal.SIGKILL - 1) & 1)
 
 
 def _check(result: int) -> None:

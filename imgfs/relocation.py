@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from imgfs import sparse
 from imgfs.datadir import FULL_ERRNOS, Datadir
 from imgfs.errors import ImageChanging, Interrupted, StorageFull
+from imgfs.hashing import Stop, never
 from imgfs.image import Image
 from imgfs.namespace import Namespace, Owner, Promise, give
 from imgfs.times import set_times
@@ -28,6 +29,7 @@ from imgfs.xattrs import proc_path
 log = logging.getLogger(__name__)
 
 CLOSING_SECONDS = 10.0
+SYNC_BYTES = 256 << 20
 RECORD_BYTES = 4096  # a filesystem may need a block for it
 
 
@@ -36,6 +38,7 @@ class Relocator:
 
     def __init__(self, namespace: Namespace) -> None:
         self._namespace = namespace
+        self.abandoned: Stop = never  # asked in the thread of the writer that waits
         self._closing = False
         self._lock = threading.Condition()
         self._under_way = 0  # guarded by _lock
@@ -112,6 +115,7 @@ class Relocator:
         try:
             self._copy(image, promise, end)
         except Interrupted as reason:
+            log.info("the relocation of image %r was given up: %s", image.name, reason)
             raise StorageFull(f"the relocation of image {image.name!r} was given up: {reason}") from None
         except OSError as error:
             level = logging.INFO if error.errno in FULL_ERRNOS else logging.WARNING
@@ -134,11 +138,11 @@ class Relocator:
         _copy_xattrs(image, transit)
 
         def progress(copied: int) -> None:
+            synced = promise.used // SYNC_BYTES
             promise.used += copied
-            if self._closing:
-                raise Interrupted("the store is closed")
-            if image.name is None:
-                raise Interrupted("it was removed")
+            if promise.used // SYNC_BYTES != synced:
+                os.fdatasync(fd)  # so that caches are not filled with it, and a disk that is full says so soon
+            self._require_wanted(image)
 
         sparse.copy(image.fd, fd, progress)
         os.ftruncate(fd, before.st_size)
@@ -148,6 +152,15 @@ class Relocator:
         after = image.status()
         if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
             raise ImageChanging("its file was changed directly meanwhile")
+
+    def _require_wanted(self, image: Image) -> None:
+        """Raise Interrupted where a relocation is of no use any more."""
+        if self._closing:
+            raise Interrupted("the store is closed")
+        if image.name is None:
+            raise Interrupted("it was removed")
+        if self.abandoned():
+            raise Interrupted("its writer was ended")
 
     @contextlib.contextmanager
     def _under_way_with(self, image: Image) -> Iterator[None]:

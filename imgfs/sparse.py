@@ -7,7 +7,7 @@ import errno
 import os
 from collections.abc import Callable, Iterator
 
-STEP_BYTES = 64 << 20  # copied by the kernel in one call; after each, it is asked whether to go on
+STEP_BYTES = 16 << 20  # copied by the kernel in one call; after each, it is asked whether to go on
 BUFFER_BYTES = 4 << 20
 _BLOCK_BYTES = 64 << 10
 _ZEROS = bytes(_BLOCK_BYTES)
@@ -45,14 +45,14 @@ def copy(source_fd: int, target_fd: int, progress: Progress) -> None:
     """Copy the data of a file to an empty one, holes left out; the target may still lack a hole at the end."""
     status = os.fstat(source_fd)
     spans = list(data_spans(source_fd, status.st_size))
-    by_reading = _hides_holes(spans, status)
+    by_reading = find_holes = _hides_holes(spans, status)
     for start, end in spans:
         at = start
         while at < end:
             copied = 0 if by_reading else _copy_in_kernel(source_fd, target_fd, at, min(end - at, STEP_BYTES))
             if not copied:
                 by_reading = True
-                copied = _copy_by_reading(source_fd, target_fd, at, min(end - at, BUFFER_BYTES))
+                copied = _copy_by_reading(source_fd, target_fd, at, min(end - at, BUFFER_BYTES), find_holes)
             progress(copied)
             at += copied
 
@@ -66,20 +66,26 @@ def _copy_in_kernel(source_fd: int, target_fd: int, offset: int, length: int) ->
     """copy_file_range(2); 0 where these two files can't be copied so."""
     try:
         return os.copy_file_range(source_fd, target_fd, length, offset, offset)
+    except InterruptedError:
+        return _copy_in_kernel(source_fd, target_fd, offset, length)
     except OSError as error:
         if error.errno in _NOT_BY_KERNEL:
             return 0
         raise
 
 
-def _copy_by_reading(source_fd: int, target_fd: int, offset: int, length: int) -> int:
-    """Copy what one read gives, without its blocks of zeros. Raises OSError where the file has become shorter."""
+def _copy_by_reading(source_fd: int, target_fd: int, offset: int, length: int, find_holes: bool) -> int:
+    """Copy what one read gives; with `find_holes`, its blocks of zeros become holes.
+
+    Raises OSError where the file has become shorter.
+    """
     data = memoryview(os.pread(source_fd, length, offset))
     if not data:
         raise OSError(errno.EIO, "the file became shorter while it was copied")
-    for at in range(0, len(data), _BLOCK_BYTES):
-        block = data[at : at + _BLOCK_BYTES]
-        if not _ZEROS.startswith(block):
+    step = _BLOCK_BYTES if find_holes else len(data)
+    for at in range(0, len(data), step):
+        block = data[at : at + step]
+        if not find_holes or not _ZEROS.startswith(block):
             _write_all(target_fd, block, offset + at)
     return len(data)
 

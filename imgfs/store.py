@@ -130,6 +130,10 @@ class ImageStore:
         self._watcher = watch(self.datadirs, self._changed_directly)
         return self._watcher is not None
 
+    def give_up_relocations_when(self, abandoned: Stop) -> None:
+        """Have it asked whether the writer that waits for a relocation, in whose thread that is, still wants it."""
+        self._relocator.abandoned = abandoned
+
     def _sealed(self, image: Image) -> None:
         if image.name is not None:
             self._changed(image.name, False)
@@ -297,8 +301,18 @@ class ImageStore:
 
         Raises StorageFull where no datadir can take it.
         """
-        full: set[Datadir] = set()
+        datadir = handle.image.datadir
+        try:
+            return act(*arguments)
+        except OSError as error:
+            if error.errno not in FULL_ERRNOS:
+                raise
+            no_room, full = error, {datadir}
         while True:
+            try:
+                self._relocator.relocate(handle.image, offset, length, full)
+            except StorageFull as error:
+                raise error from no_room
             datadir = handle.image.datadir
             try:
                 return act(*arguments)
@@ -306,11 +320,6 @@ class ImageStore:
                 if error.errno not in FULL_ERRNOS:
                     raise
                 full.add(datadir)
-                no_room = error
-            try:
-                self._relocator.relocate(handle.image, offset, length, full)
-            except StorageFull as error:
-                raise error from no_room
 
     def truncate(self, handle: Handle, size: int) -> None:
         """ftruncate(2); on an empty new image the size counts as a declared one, too (for its placement)."""

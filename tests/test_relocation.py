@@ -3,6 +3,8 @@
 import contextlib
 import errno
 import os
+import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -14,6 +16,7 @@ from imgfs import ImageStore, load, relocation, sealing, transit
 from imgfs.datadir import Datadir
 from imgfs.errors import StorageFull
 from imgfs.image import Image
+from imgfs.linux import is_dying
 from tests.clients import (
     MIB,
     assert_sealed,
@@ -146,6 +149,38 @@ def test_sparse_image_stays_sparse(filesystem: Filesystem, mount: Mounter, kind:
     assert status.st_size == 8000 * MIB
     assert status.st_blocks * 512 <= 10 * MIB + 80 * 8 * KIB
     assert holes(backing_file(images / "x")) == [(at, at + len(data)) for at, data in spots.items()]
+
+
+def test_sparse_image_stays_sparse_where_the_filesystem_hides_its_holes(faulty: FaultyMaker, mount: Mounter) -> None:
+    hiding = faulty()
+    images = mount([f"{hiding.path}:200", "low:100"])
+    hiding.fault("ENOSYS", "lseek")
+    head, tail = os.urandom(300 * KIB), os.urandom(300 * KIB)
+    with opened(images / "x", os.O_RDWR | os.O_CREAT) as fd:
+        os.pwrite(fd, head, 0)
+        os.ftruncate(fd, 200 * MIB)
+        hiding.fault("ENOSPC", "write")
+        os.pwrite(fd, tail, 199 * MIB)
+        assert (os.pread(fd, len(head), 0), os.pread(fd, len(tail), 199 * MIB)) == (head, tail)
+    assert datadir_of(images / "x") == "low"
+    assert backing_file(images / "x").stat().st_size == 200 * MIB
+    assert backing_file(images / "x").stat().st_blocks * 512 < 2 * MIB
+
+
+def test_image_that_can_not_be_read_stays_where_it_is(faulty: FaultyMaker, mount: Mounter) -> None:
+    failing = faulty()
+    images = mount([f"{failing.path}:200", "low:100"])
+    images.expect_warning("image 'x' can't move to ")
+    images.expect_warning("is removed: .* was full")
+    with open(images / "x", "wb", buffering=0) as file:
+        file.write(os.urandom(MIB))
+        failing.fault("EIO", "read", "copy_file_range")
+        failing.fault("ENOSPC", "write")
+        with fails_with(errno.ENOSPC):
+            file.write(os.urandom(MIB))
+        assert datadir_of(images / "x") == failing.path.name
+    wait_until(lambda: os.listdir(images.path) == [], "the removal")
+    assert images_in(images.datadirs[1]) == []
 
 
 def test_two_writers_fill_one_disk_and_both_end_well(filesystem: Filesystem, mount: Mounter) -> None:
@@ -556,6 +591,68 @@ def test_closing_the_store_gives_a_relocation_up(places: list[str], open_store: 
         closing.join()
     assert [type(failure) for failure in failures] == [StorageFull]
     assert [images_in(Path(datadir.path)) for datadir in store.datadirs] == [[], []]
+
+
+def test_writer_that_is_killed_does_not_wait_for_the_relocation(
+    faulty: FaultyMaker, filesystem: Filesystem, mount: Mounter, tmp_path: Path
+) -> None:
+    slow = faulty()
+    images = mount([f"{filesystem('tmpfs', 64)}:200", f"{slow.path}:100"])
+    images.expect_warning("is removed: .* was full")
+    new_image(tmp_path / "source", 80 * MIB)
+    slow.fault("hang", "write", "copy_file_range", "copy_file_range_64")
+    with subprocess.Popen(["cp", tmp_path / "source", images / "x"]) as writer:
+        wait_until(slow.hanging, "the relocation")
+        writer.send_signal(signal.SIGINT)
+        wait_until(lambda: is_dying(writer.pid), "the signal")
+        slow.heal()
+    assert writer.returncode == -signal.SIGINT
+    wait_until(lambda: os.listdir(images.path) == [], "the removal")
+    assert "was given up: its writer was ended" in images.log.read_text()
+    assert [images_in(images.datadirs[0]), images_in(slow.below)] == [[], []]
+
+
+def test_signal_that_ends_no_writer_ends_no_relocation(
+    faulty: FaultyMaker, filesystem: Filesystem, mount: Mounter
+) -> None:
+    slow = faulty()
+    images = mount([f"{filesystem('tmpfs', 8)}:200", f"{slow.path}:100"])
+    slow.fault("hang", "write", "copy_file_range", "copy_file_range_64")
+    writing = ["dd", "if=/dev/urandom", f"of={images / 'x'}", "bs=1M", "count=12"]
+    with subprocess.Popen(writing, stderr=subprocess.PIPE) as writer:
+        wait_until(slow.hanging, "the relocation")
+        for _ in range(3):
+            writer.send_signal(signal.SIGUSR1)
+        slow.heal()
+        _, told = writer.communicate()
+    assert writer.returncode == 0, told
+    assert_sealed(images / "x")
+    assert (images / "x").stat().st_size == 12 * MIB
+
+
+def pending(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has yet to take a signal."""
+    fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return bool(int(fields["ShdPnd"], 16) >> (number - 1) & 1)
+
+
+def test_unmounting_gives_a_relocation_up(faulty: FaultyMaker, filesystem: Filesystem, mount: Mounter) -> None:
+    slow = faulty()
+    images = mount([f"{filesystem('tmpfs', 64)}:200", f"{slow.path}:100"])
+    images.expect_warning("is in use|still being worked on|ends all the same|is removed")
+    slow.fault("hang", "write", "copy_file_range", "copy_file_range_64")
+    with subprocess.Popen(["dd", "if=/dev/urandom", f"of={images / 'x'}", "bs=1M", "status=none"]) as writer:
+        wait_until(slow.hanging, "the relocation")
+        images.daemon.send_signal(signal.SIGTERM)
+        if "kernel" in images.daemon.args:
+            writer.wait(30)
+        else:
+            wait_until(lambda: not pending(images.daemon.pid, signal.SIGTERM), "the signal")
+        slow.heal()
+        assert images.daemon.wait(30) == 0
+        writer.kill()
+    assert "was given up" in images.log.read_text()
+    assert images_in(slow.below) == []
 
 
 # --- crashes ---
