@@ -81,9 +81,17 @@ class Relocator:
                 size = sparse.data_bytes(image.open_for_read(), offset, length) + length
                 self._move(image, max(size, image.declared_bytes), offset + length, full, image.declared_bytes)
 
-    def make_room_for_record(self, image: Image) -> None:
-        """Move an image that is complete, but whose datadir is too full even for its record. Raises StorageFull."""
-        self.relocate(image, 0, RECORD_BYTES, {image.datadir})
+    def make_room_for_record(self, image: Image) -> bool:
+        """Move an image that is complete, but whose datadir is too full even for its record.
+
+        False where it is not the datadir that is full: other attributes of the image leave no room.
+        """
+        if image.datadir.free_bytes() >= RECORD_BYTES:
+            return False
+        with contextlib.suppress(StorageFull):
+            self.relocate(image, 0, RECORD_BYTES, {image.datadir})
+            return True
+        return False
 
     def _move(self, image: Image, size: int, end: int, passed_over: set[Datadir], declared: int) -> None:
         """Move an image to the best datadir with room for `size` bytes, in a file that may be `end` bytes long."""

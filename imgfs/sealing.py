@@ -51,9 +51,9 @@ class Sealer:
         pool: HashPool,
         rules: SealingRules,
         sealed: Callable[[Image], None],
-        make_room: Callable[[Image], None],
+        make_room: Callable[[Image], bool],
     ) -> None:
-        """`make_room` finds an image another place where its datadir has no room for the record."""
+        """`make_room` finds an image another place if its datadir has no room for the record, or gives False."""
         self._make_room = make_room
         self._pool = pool
         self._rules = rules
@@ -245,9 +245,8 @@ class Sealer:
         try:
             image.store_record(new)
         except OSError as error:
-            if error.errno not in FULL_ERRNOS:
+            if error.errno not in FULL_ERRNOS or not self._make_room(image):
                 raise
-            self._make_room(image)
             image.store_record(new.stamped(image.status().st_mtime_ns))
 
 
