@@ -132,6 +132,7 @@ def _finish(datadir: Datadir, token: str, datadirs: dict[str, Datadir]) -> bool:
     there = old.find(arrival.name)
     if there is not None and there.st_ino == arrival.old_ino:
         log.warning("the relocation of image %r to %s was cut short; it is completed", arrival.name, datadir.path)
+        datadir.sync()  # a daemon that was killed may have left its name in the caches of the system
         old.unlink(arrival.name)
         old.xattrs.forget(arrival.old_ino)
         old.sync()
