@@ -137,8 +137,6 @@ class TimedDatadir(Datadir):
 class TimedImage(Image):
     """An image of a TimedDatadir."""
 
-    datadir: TimedDatadir
-
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.change_lock = LockOfImage(self)  # type: ignore[assignment]
