@@ -117,6 +117,9 @@ class TimedDatadir(Datadir):
 
         return self.obtain(undo, super().create, name, mode)
 
+    def create_own(self, name: str) -> int:
+        return self.obtain(os.close, super().create_own, name)
+
     def has_stuck(self, thread: int) -> bool:
         return self.offline is not None and self.calls.has_of(thread)
 

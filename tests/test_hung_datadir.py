@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import mmap
 import os
@@ -22,6 +23,7 @@ from tests.faulty import Faulty
 TIMEOUT = 2
 EXPECTED = "is offline|is online again|stays stale|still being worked on|came too late|is passed over"
 PROMPT_SECONDS = 10.0
+SHUTDOWN = 0x8004587D  # EXT4_IOC_SHUTDOWN, XFS_IOC_GOINGDOWN
 
 
 @pytest.fixture
@@ -290,3 +292,47 @@ def read_from_disk(path: Path) -> None:
         os.preadv(fd, [mmap.mmap(-1, 4096)], 0)
     finally:
         os.close(fd)
+
+
+# --- real filesystems ---
+
+
+@kernel_only
+def test_frozen_filesystem_is_a_datadir_that_hangs(
+    filesystem: Callable[..., Path], mount: Mounter, tmp_path: Path
+) -> None:
+    ext4 = filesystem("ext4", 32)
+    images = mount([{"path": str(ext4), "priority": 200}, {"path": str(tmp_path / "good")}], timeout=TIMEOUT)
+    images.expect_warning(EXPECTED)
+    (images / "before").write_bytes(b"before")
+    assert_sealed(images / "before", md5(b"before"))
+    run("fsfreeze", "--freeze", ext4)
+    try:
+        assert outcome(lambda: (images / "stuck").write_bytes(b"1")) == errno.EIO
+        (images / "new").write_bytes(b"new")
+        assert_sealed(images / "new", md5(b"new"))
+        assert attribute(images / "new", "datadir") == str(tmp_path / "good")
+    finally:
+        run("fsfreeze", "--unfreeze", ext4)
+    comes_back(images)
+    assert_sealed(images / "before", md5(b"before"))
+    wait_until(lambda: not (ext4 / "stuck").exists(), "the late create to be undone")
+
+
+@kernel_only
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_filesystem_that_shut_down_is_passed_over(
+    filesystem: Callable[..., Path], mount: Mounter, tmp_path: Path, kind: str
+) -> None:
+    disk = filesystem(kind, 320 if kind == "xfs" else 32)
+    images = mount([{"path": str(disk), "priority": 200}, {"path": str(tmp_path / "good")}])
+    images.expect_warning(EXPECTED)
+    (images / "before").write_bytes(b"before")
+    assert_sealed(images / "before", md5(b"before"))
+    fd = os.open(disk, os.O_RDONLY)
+    fcntl.ioctl(fd, SHUTDOWN, (2).to_bytes(4, "little"))
+    os.close(fd)
+    (images / "new").write_bytes(b"new")
+    assert_sealed(images / "new", md5(b"new"))
+    assert attribute(images / "new", "datadir") == str(tmp_path / "good")
+    assert images.unmount() == 0
