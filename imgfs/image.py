@@ -81,6 +81,7 @@ class Image:
         self.failed = False  # guarded by lock: sealed, and an expectation was not met
         self.declared_bytes = 0  # guarded by lock: size announced, for the reservation
         self.is_new = False  # created here: its directory entry is not on stable storage yet
+        self.moved_from: set[Datadir] = set()  # it left these, which is not on stable storage yet
         self.changes = 0  # guarded by change_lock: counts changes of the bytes
         self.mtime_ns = status.st_mtime_ns  # guarded by change_lock: as imgfs's own changes left it
         self.lacking_at: int | None = None  # guarded by change_lock: the offset of a write that found no room
@@ -128,6 +129,7 @@ class Image:
         for own in self._descriptors():
             os.dup2(fd, own, inheritable=False)
         os.close(fd)
+        self.moved_from.add(self.datadir)
         self.datadir = datadir
         self.key = key_of(os.fstat(self.path_fd))
         self.mtime_ns = os.fstat(self.path_fd).st_mtime_ns
