@@ -244,6 +244,11 @@ class ImageOperations:
         for name, ino in self._store.listing():
             yield name, {"st_ino": ino, "st_mode": stat.S_IFREG}, 0
 
+    def fsyncdir(self, _path: str | None, _datasync: int, _fh: int) -> int:
+        """fsync(2) of the directory, in all datadirs."""
+        self._store.sync()
+        return 0
+
     def statfs(self, _path: str) -> dict[str, int]:
         """statvfs(3): the sum of the filesystems below, each counted once."""
         below = {datadir.directory_status().st_dev: datadir.filesystem() for datadir in self._store.datadirs}

@@ -357,6 +357,12 @@ class Namespace:
             first.datadir.exchange(one, other)
             first.name, second.name = other, one
 
+    def sync(self) -> None:
+        """Put on stable storage which names there are."""
+        for datadir in self.datadirs:
+            if datadir.writable:
+                datadir.sync()
+
     def _rename(self, image: Image, old: str, new: str, target: Image | None) -> None:
         here = target is not None and target.datadir is image.datadir
         if not here and image.datadir.has_any(new):
