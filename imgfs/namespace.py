@@ -253,6 +253,7 @@ class Namespace:
     ) -> tuple[Datadir, int, os.stat_result]:
         """A new file in the first datadir that takes it, and its fstat(2) as it was created."""
         for datadir in datadirs:
+            self._settle_elsewhere(name, datadir)
             try:
                 return datadir, *_create_file(datadir, name, mode, owner)
             except FileExistsError:
@@ -373,6 +374,7 @@ class Namespace:
         if target is not None:
             # What replaces an image must be on stable storage before that is gone.
             os.fsync(image.open_for_read())
+        self._settle_elsewhere(new, image.datadir)
         if target is not None and not here:
             self._replace_elsewhere(image, old, new, target)
         else:
@@ -380,6 +382,12 @@ class Namespace:
             if target is not None:
                 self._forget(target, new)
         image.name = new
+
+    def _settle_elsewhere(self, name: str, datadir: Datadir) -> None:
+        """Before a name appears in a datadir: an image that had it elsewhere must not come back by a power cut."""
+        for other in self.datadirs:
+            if other is not datadir:
+                other.settle(name)
 
     def _replace_elsewhere(self, image: Image, old: str, new: str, target: Image) -> None:
         """Two directories can't change in one step: a note on stable storage says which copy gives way."""
@@ -407,7 +415,11 @@ class Namespace:
         self._removed(image)
 
     def _finish_replacements(self) -> None:
-        """Complete the replacements that a crash cut short: the old copy goes if another has its name."""
+        """Complete the replacements that a crash cut short: the old copy goes if another has its name.
+
+        What an earlier daemon did is made durable first: its end may have left it in the caches of the system.
+        """
+        self.sync()
         for datadir in self.datadirs:
             for note in datadir.notes_of_replaced():
                 with contextlib.suppress(ImageNotFound):
@@ -415,6 +427,7 @@ class Namespace:
                     if renamed and datadir.status(note.name).st_ino == note.ino:
                         log.warning("the replacement of image %r was cut short; it is completed", note.name)
                         datadir.unlink(note.name)
+                        datadir.sync()
                 datadir.forget_replaced(note)
 
 
