@@ -11,7 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-NEVER = 1 << 62
+Moment = tuple[int, int]
+"""A position of the disks' log, and a line of the notes, which tells what came first where no disk was written."""
+LAST_LINE = 1 << 62
+NOW = (1 << 62) - 1
+NEVER: Moment = (1 << 62, LAST_LINE)
 
 
 @dataclass(slots=True)
@@ -19,11 +23,11 @@ class Stay:
     """A version at a name, from a step between `entered` and `entered_end` to one between `left` and `left_end`."""
 
     name: str
-    entered: int
-    entered_end: int
+    entered: Moment
+    entered_end: Moment
     renamed: bool
-    left: int = NEVER
-    left_end: int = NEVER
+    left: Moment = NEVER
+    left_end: Moment = NEVER
 
 
 @dataclass(slots=True, eq=False)
@@ -32,17 +36,13 @@ class Version:
 
     md5: str
     stays: list[Stay]
-    digested: int = NEVER  # its digest was read
-    touched: int = NEVER  # its times were set, and no digest read since
+    digested: Moment = NEVER  # its digest was read
+    touched: Moment = NEVER  # its times were set, and no digest read since
     replaced_by: "Version | None" = None  # by a rename over it
     rewritten: bool = False  # what ended it changed its bytes in place
 
     @property
-    def begin(self) -> int:
-        return self.stays[0].entered
-
-    @property
-    def ended(self) -> int:
+    def ended(self) -> Moment:
         """The moment from which it may be gone."""
         return self.stays[-1].left
 
@@ -62,8 +62,8 @@ class History:
     """All versions, and when everything was synced."""
 
     versions: list[Version] = field(default_factory=list)
-    syncs: list[tuple[int, int]] = field(default_factory=list)
-    moments: list[int] = field(default_factory=list)
+    syncs: list[tuple[Moment, Moment]] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
     promises: int = 0
     counts: dict[str, int] = field(default_factory=dict)
     at_name: dict[str, list[tuple[Version, Stay]]] = field(default_factory=dict)
@@ -78,11 +78,12 @@ class History:
         return history
 
     def _enter(self, step: dict[str, Any], end: dict[str, Any] | None, current: dict[str, Version]) -> None:
-        begin, done = step["begin"], NEVER if end is None else end["end"]
+        begin: Moment = (step["begin"], step["line"])
+        done: Moment = NEVER if end is None else (end["end"], end["line"])
         failed = end is not None and end["failed"] is not None
         op = step["op"] + (" failed" if failed else "")
         self.counts[op] = self.counts.get(op, 0) + 1
-        self.moments += [begin, done] if end else [begin]
+        self.positions += [begin[0], done[0]] if end else [begin[0]]
         if step["op"] in ("exchange", "rename") and failed:
             return
         if op == "sync" and end is not None:
@@ -91,24 +92,24 @@ class History:
         if handler is not None:
             handler(step, begin, done, failed, current)
 
-    def _create(self, step: Any, begin: int, done: int, failed: bool, current: dict[str, Version]) -> None:
+    def _create(self, step: Any, begin: Moment, done: Moment, failed: bool, current: dict[str, Version]) -> None:
         version = self._new(step["md5"], Stay(step["name"], begin, done, renamed=False))
         if failed:
             _leave(version, begin, done)
         else:
             current[step["name"]] = version
 
-    def _rewrite(self, step: Any, begin: int, done: int, failed: bool, current: dict[str, Version]) -> None:
+    def _rewrite(self, step: Any, begin: Moment, done: Moment, failed: bool, current: dict[str, Version]) -> None:
         old = current[step["name"]]
         old.rewritten = True
         _leave(old, begin, done)
         current[step["name"]] = self._new(step["md5"], Stay(step["name"], begin, done, renamed=False))
 
-    def _delete(self, step: Any, begin: int, done: int, failed: bool, current: dict[str, Version]) -> None:
+    def _delete(self, step: Any, begin: Moment, done: Moment, failed: bool, current: dict[str, Version]) -> None:
         version = current.pop(step["name"])
         _leave(version, begin, done)
 
-    def _rename(self, step: Any, begin: int, done: int, failed: bool, current: dict[str, Version]) -> None:
+    def _rename(self, step: Any, begin: Moment, done: Moment, failed: bool, current: dict[str, Version]) -> None:
         if step["name"] == step["new"]:
             return
         version, target = current.pop(step["name"]), current.get(step["new"])
@@ -118,13 +119,13 @@ class History:
         self._move(version, step["new"], begin, done)
         current[step["new"]] = version
 
-    def _exchange(self, step: Any, begin: int, done: int, failed: bool, current: dict[str, Version]) -> None:
+    def _exchange(self, step: Any, begin: Moment, done: Moment, failed: bool, current: dict[str, Version]) -> None:
         one, other = current[step["name"]], current[step["new"]]
         self._move(one, step["new"], begin, done)
         self._move(other, step["name"], begin, done)
         current[step["new"]], current[step["name"]] = one, other
 
-    def _digest(self, step: Any, begin: int, done: int, failed: bool, current: dict[str, Version]) -> None:
+    def _digest(self, step: Any, begin: Moment, done: Moment, failed: bool, current: dict[str, Version]) -> None:
         version = current[step["name"]]
         if done != NEVER:
             self.promises += 1
@@ -132,7 +133,7 @@ class History:
             # A digest read after the times were set is of a record for the new times or for the bytes alone: the
             # record's second writing was not promised to be durable.
 
-    def _touch(self, step: Any, begin: int, done: int, failed: bool, current: dict[str, Version]) -> None:
+    def _touch(self, step: Any, begin: Moment, done: Moment, failed: bool, current: dict[str, Version]) -> None:
         version = current[step["name"]]
         version.touched = min(version.touched, begin)
 
@@ -142,22 +143,22 @@ class History:
         self.at_name.setdefault(stay.name, []).append((version, stay))
         return version
 
-    def _move(self, version: Version, name: str, begin: int, done: int) -> None:
+    def _move(self, version: Version, name: str, begin: Moment, done: Moment) -> None:
         _leave(version, begin, done)
         stay = Stay(name, begin, done, renamed=True)
         version.stays.append(stay)
         self.at_name.setdefault(name, []).append((version, stay))
 
 
-def _leave(version: Version, begin: int, done: int) -> None:
+def _leave(version: Version, begin: Moment, done: Moment) -> None:
     version.stays[-1].left, version.stays[-1].left_end = begin, done
 
 
 def _steps(notes: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
     """Each step with its end, where it had one; the steps of one thread in order."""
     open_steps: dict[str, dict[str, Any]] = {}
-    for line in notes.read_text().splitlines():
-        note = json.loads(line)
+    for number, line in enumerate(notes.read_text().splitlines()):
+        note = json.loads(line) | {"line": number}
         assert "error" not in note, f"the workload failed: {note}"
         if "begin" in note:
             open_steps[note["thread"]] = note
@@ -170,9 +171,9 @@ def _steps(notes: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]
 class Crash:
     """A crash at a moment: judges what is found after it."""
 
-    def __init__(self, history: History, moment: int, power_cut: bool) -> None:
+    def __init__(self, history: History, position: int, power_cut: bool) -> None:
         self._history = history
-        self._moment = moment
+        self._moment = (position, LAST_LINE)
         self._power_cut = power_cut
 
     def problems(self, found: dict[str, Found]) -> list[str]:
@@ -230,11 +231,11 @@ class Crash:
             return self._durable(stay.entered_end)
         return version.digested <= self._moment or self._durable(stay.entered_end)
 
-    def _durable(self, done: int) -> bool:
+    def _durable(self, done: Moment) -> bool:
         """Whether a step that was over at a moment can't be undone by the crash."""
         if not self._power_cut:
             return done <= self._moment
-        return any(begin >= done and end <= self._moment for begin, end in self._history.syncs)
+        return any(begin[1] > done[1] and end <= self._moment for begin, end in self._history.syncs)
 
     def _may_be_inactive(self, version: Version) -> bool:
         unfinished = version.digested > self._moment

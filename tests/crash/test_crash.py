@@ -24,7 +24,7 @@ from imgfs import ImageStore, load, mounts
 from imgfs.names import OWN_DIRECTORY
 from tests.conftest import IMGFS, run, wait_until, write_config
 from tests.crash.disks import PowerCuts, attached, make_disk, recording
-from tests.crash.history import NEVER, Crash, Found, History
+from tests.crash.history import NOW, Crash, Found, History
 
 POINTS = int(os.environ.get("IMGFS_CRASH_POINTS", "30"))
 LIVES = int(os.environ.get("IMGFS_CRASH_LIVES", "2"))
@@ -158,7 +158,7 @@ def _daemon(machine: Machine, transport: str) -> Iterator[subprocess.Popen[bytes
 
 def moments(history: History, end: int, chance: random.Random) -> list[int]:
     """Where to cut: anywhere in the log, and in the middle of steps."""
-    steps = [moment for moment in history.moments if moment < end]
+    steps = [position for position in history.positions if position < end]
     anywhere = [chance.randrange(end) for _ in range(POINTS // 2)]
     return sorted(anywhere + [chance.choice(steps) + chance.choice([0, 1, 100, 4096]) for _ in range(POINTS // 2)])
 
@@ -175,7 +175,7 @@ def test_what_was_complete_survives_kills_and_power_cuts(
         for life in range(LIVES):
             run_and_kill(machine, transport, SEED, life)
             history = History.read(machine.notes)
-            accept(machine.judged(Crash(history, NEVER - 1, power_cut=False)), f"kill {life}")
+            accept(machine.judged(Crash(history, NOW, power_cut=False)), f"kill {life}")
     check_power_cuts(machine, History.read(machine.notes))
 
 
