@@ -316,7 +316,7 @@ class ImageOperations:
     def create(self, path: str, mode: int, _fi: Any = None) -> int:
         """open(2) with O_CREAT of a new name; it belongs to the caller."""
         uid, gid, _ = self._caller()
-        return self._number(self._store.create(_name(path), stat.S_IMODE(mode), Owner(uid, gid)))
+        return self._number(self._store.create(_name(path), stat.S_IMODE(mode), Owner(uid, gid, by_default=True)))
 
     def open(self, path: str | None, flags: int, fh: int | None = None) -> int:
         """open(2) of an image that exists; of one whose name is gone through a handle of it."""

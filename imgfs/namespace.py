@@ -30,10 +30,14 @@ _PASSED_OVER = FULL_ERRNOS | {errno.EROFS}
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Whom a new image belongs to; -1: whomever the datadir gives it to."""
+    """Whom a new image belongs to; -1: whomever the datadir gives it to.
+
+    `by_default`: the group gives way to that of a set-gid datadir, as for any new file (inode(7)).
+    """
 
     uid: int = -1
     gid: int = -1
+    by_default: bool = False
 
 
 NOBODY_IN_PARTICULAR = Owner()
@@ -439,9 +443,11 @@ def _create_file(datadir: Datadir, name: str, mode: int, owner: Owner) -> tuple[
     try:
         status = os.fstat(fd)
         datadir.xattrs.forget(status.st_ino)  # of an earlier inode of this number
-        if owner.uid not in (-1, status.st_uid) or owner.gid not in (-1, status.st_gid):
+        group_given = owner.by_default and status.st_gid != os.getegid()
+        gid = -1 if group_given else owner.gid
+        if owner.uid not in (-1, status.st_uid) or gid not in (-1, status.st_gid):
             try:
-                os.fchown(fd, owner.uid, owner.gid)
+                os.fchown(fd, owner.uid, gid)
             except PermissionError:
                 log.debug("image %r can't be given to %s; it stays with the daemon", name, owner)
                 mode &= ~(stat.S_ISUID | stat.S_ISGID)  # they would act for the daemon
