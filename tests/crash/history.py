@@ -64,7 +64,7 @@ class History:
     versions: list[Version] = field(default_factory=list)
     syncs: list[tuple[Moment, Moment]] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
-    promises: int = 0
+    promises: list[int] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     at_name: dict[str, list[tuple[Version, Stay]]] = field(default_factory=dict)
 
@@ -88,6 +88,7 @@ class History:
             return
         if op == "sync" and end is not None:
             self.syncs.append((begin, done))
+            self.promises.append(done[0])
         handler = getattr(self, f"_{step['op']}", None)
         if handler is not None:
             handler(step, begin, done, failed, current)
@@ -128,7 +129,7 @@ class History:
     def _digest(self, step: Any, begin: Moment, done: Moment, failed: bool, current: dict[str, Version]) -> None:
         version = current[step["name"]]
         if done != NEVER:
-            self.promises += 1
+            self.promises.append(done[0])
             version.digested = min(version.digested, done)
             # A digest read after the times were set is of a record for the new times or for the bytes alone: the
             # record's second writing was not promised to be durable.

@@ -157,10 +157,11 @@ def _daemon(machine: Machine, transport: str) -> Iterator[subprocess.Popen[bytes
 
 
 def moments(history: History, end: int, chance: random.Random) -> list[int]:
-    """Where to cut: anywhere in the log, and in the middle of steps."""
+    """Where to cut: anywhere in the log, in the middle of steps, and right after promises."""
     steps = [position for position in history.positions if position < end]
-    anywhere = [chance.randrange(end) for _ in range(POINTS // 2)]
-    return sorted(anywhere + [chance.choice(steps) + chance.choice([0, 1, 100, 4096]) for _ in range(POINTS // 2)])
+    anywhere = [chance.randrange(end) for _ in range(POINTS // 3)]
+    within = [chance.choice(steps) + chance.choice([0, 1, 100, 4096]) for _ in range(POINTS // 3)]
+    return sorted(anywhere + within + [chance.choice(history.promises) for _ in range(POINTS // 3)])
 
 
 @pytest.mark.timeout(0)
@@ -182,7 +183,7 @@ def test_what_was_complete_survives_kills_and_power_cuts(
 def check_power_cuts(machine: Machine, history: History) -> None:
     """Open the store over what power cuts at many moments of a history leave."""
     print(history.counts)  # noqa: T201
-    assert history.promises >= LEAST_PROMISES, f"only {history.promises} digests were promised: {history.counts}"
+    assert len(history.promises) >= LEAST_PROMISES, f"too few digests were promised: {history.counts}"
     chance = random.Random(SEED)
     copies = [machine.place / f"copy{number}" for number in range(2)]
     with contextlib.closing(PowerCuts(machine.disks, machine.log, machine.place)) as cuts:
