@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 GOOD, FAILED, WRONG = 0, 1, 2
 SYSLOG = "/dev/log"
+_LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,13 +52,13 @@ def _complain(message: str) -> None:
     print(f"imgfs: {message}".encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
 
 
-def _log_to(handler: logging.Handler, form: str, verbose: bool) -> None:
+def _log_to(handler: logging.Handler, form: str, verbosity: int) -> None:
     handler.setFormatter(logging.Formatter(form))
     root = logging.getLogger()
     for old in root.handlers[:]:
         root.removeHandler(old)
     root.addHandler(handler)
-    root.setLevel(logging.INFO if verbose else logging.WARNING)
+    root.setLevel(_LEVELS[min(verbosity, len(_LEVELS) - 1)])
 
 
 # --- mount ---
@@ -153,7 +154,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Exit codes: 0 good, 1 it failed, 2 the command line or the configuration is wrong.",
     )
     parser.add_argument("--version", action="version", version=f"imgfs {VERSION}")
-    parser.add_argument("-v", "--verbose", action="store_true", help="log what is going on, not only warnings")
+    parser.add_argument("-v", "--verbose", action="count", default=0,
+                        help="log what is going on, not only warnings; -vv: each request, too")  # fmt: skip
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_mount(commands.add_parser("mount", help="mount a store", description="Mount a store at a directory."))
     _add_umount(commands.add_parser("umount", help="unmount a store", description="Unmount a store, and wait "

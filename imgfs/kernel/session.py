@@ -77,6 +77,7 @@ class KernelSession:
         self._routes = self._make_routes()
         self._connection: int | None = None
         self._cut_off = False
+        self._tells_requests = log.isEnabledFor(logging.DEBUG)
 
     # The life of the mount
 
@@ -195,6 +196,8 @@ class KernelSession:
             if header.opcode not in SILENT:
                 device.refuse(header.unique, errno.ENOSYS)
             return
+        if self._tells_requests:
+            log.debug("request %d: %s of inode %d", header.unique, OPCODES[header.opcode].name, header.nodeid)
         work = self._context.begin(header)
         try:
             body, code = route.handle(header, route.parse(data)), 0
