@@ -59,12 +59,13 @@ class Found:
 
 @dataclass
 class History:
-    """All versions, and when everything was synced."""
+    """All versions, and when something was promised: a digest read, all names synced."""
 
     versions: list[Version] = field(default_factory=list)
     syncs: list[tuple[Moment, Moment]] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     promises: list[int] = field(default_factory=list)
+    replacements: list[int] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     at_name: dict[str, list[tuple[Version, Stay]]] = field(default_factory=dict)
 
@@ -116,6 +117,7 @@ class History:
         version, target = current.pop(step["name"]), current.get(step["new"])
         if target is not None:
             target.replaced_by = version
+            self.replacements += [begin[0]] if done == NEVER else [begin[0], done[0]]
             _leave(target, begin, done)
         self._move(version, step["new"], begin, done)
         current[step["new"]] = version

@@ -157,11 +157,12 @@ def _daemon(machine: Machine, transport: str) -> Iterator[subprocess.Popen[bytes
 
 
 def moments(history: History, end: int, chance: random.Random) -> list[int]:
-    """Where to cut: anywhere in the log, in the middle of steps, and right after promises."""
+    """Where to cut: anywhere in the log, in the middle of steps, and right after promises and replacements."""
     steps = [position for position in history.positions if position < end]
-    anywhere = [chance.randrange(end) for _ in range(POINTS // 3)]
-    within = [chance.choice(steps) + chance.choice([0, 1, 100, 4096]) for _ in range(POINTS // 3)]
-    return sorted(anywhere + within + [chance.choice(history.promises) for _ in range(POINTS // 3)])
+    chosen = [chance.randrange(end) for _ in range(POINTS // 4)]
+    for places in (steps, history.promises, history.replacements):
+        chosen += [chance.choice(places) + chance.choice([0, 0, 1, 100, 4096]) for _ in range(POINTS // 4)]
+    return sorted(chosen)
 
 
 @pytest.mark.timeout(0)
