@@ -1,7 +1,7 @@
 # Commands for people who work on imgfs; each sets up what it needs.
 PYTHON_BIN = .venv/bin
 
-.PHONY: test check crash format setup clean
+.PHONY: test check crash stress format setup clean
 
 test: setup
 	$(PYTHON_BIN)/python -m pytest $(ARGS)
@@ -12,6 +12,10 @@ crash: export IMGFS_CRASH_SECONDS ?= 4
 crash: export IMGFS_CRASH_FILESYSTEMS ?= ext4 xfs
 crash: setup
 	$(PYTHON_BIN)/python -m pytest -s tests/crash $(ARGS)
+
+stress: export IMGFS_STRESS_SECONDS ?= $(or $(DURATION),600)
+stress: setup
+	$(PYTHON_BIN)/python -m pytest -s tests/stress $(ARGS)
 
 check: setup
 	$(PYTHON_BIN)/ruff check .

@@ -39,6 +39,7 @@ class Version:
     digested: Moment = NEVER  # its digest was read
     touched: Moment = NEVER  # its times were set, and no digest read since
     replaced_by: "Version | None" = None  # by a rename over it
+    replaced_in: int = 0  # the number of the stay that this rename began
     rewritten: bool = False  # what ended it changed its bytes in place
 
     @property
@@ -116,7 +117,7 @@ class History:
             return
         version, target = current.pop(step["name"]), current.get(step["new"])
         if target is not None:
-            target.replaced_by = version
+            target.replaced_by, target.replaced_in = version, len(version.stays)
             self.replacements += [begin[0]] if done == NEVER else [begin[0], done[0]]
             _leave(target, begin, done)
         self._move(version, step["new"], begin, done)
@@ -208,14 +209,14 @@ class Crash:
                     yield f"{version} was active, and is {places[0].state}"
             by = version.replaced_by
             promised = version.digested <= self._moment and by is not None and by.ended > self._moment
-            if promised and not places and by is not None and not self._places(by, found):
-                yield f"{version} was replaced by {by}, and neither is there"
+            if promised and not places and by is not None and not self._places(by, found, version.replaced_in):
+                yield f"{version} was to be replaced by {by}, and its name has neither"
 
     def _at(self, name: str) -> list[tuple[Version, Stay]]:
         return self._history.at_name.get(name, [])
 
-    def _places(self, version: Version, found: dict[str, Found]) -> list[Found]:
-        names = {stay.name for stay in version.stays if self._possible(version, stay)}
+    def _places(self, version: Version, found: dict[str, Found], since: int = 0) -> list[Found]:
+        names = {stay.name for stay in version.stays[since:] if self._possible(version, stay)}
         return [found[name] for name in names if name in found and found[name].md5 == version.md5]
 
     def _possible(self, version: Version, stay: Stay) -> bool:
