@@ -9,7 +9,6 @@ lock sees to that). Lanes and byte counts are guarded by the pool's lock. Queued
 and for all together; a writer that is ahead of the hashes waits.
 """
 
-import errno
 import hashlib
 import os
 import threading
@@ -19,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from imgfs.errors import ImageChanging, Interrupted
+from imgfs.sparse import data_spans
 
 CHECKSUM_ALGO = "md5"
 READ_BYTES = 1 << 20
@@ -306,21 +306,6 @@ class DigestStream:
         if offset > self._position:
             self._pool.feed(self._lanes, Hole(offset - self._position))
             self._position = offset
-
-
-def data_spans(fd: int, size: int) -> Iterator[tuple[int, int]]:
-    """The (start, end) byte ranges of a file that may hold data, holes left out (lseek(2), SEEK_DATA)."""
-    end = 0
-    while end < size:
-        try:
-            start = os.lseek(fd, end, os.SEEK_DATA)
-            hole = os.lseek(fd, start, os.SEEK_HOLE)
-        except OSError as error:
-            if error.errno != errno.ENXIO:  # the filesystem does not know: all of it may be data
-                yield end, size
-            return
-        yield start, min(hole, size)
-        end = hole
 
 
 def _read_gently(fd: int, start: int, end: int, stop: Stop) -> Iterator[bytes]:

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from imgfs.datadir import Datadir
+from imgfs.datadir import FULL_ERRNOS, Datadir
 from imgfs.errors import ImageChanging, Interrupted, SealingFailed
 from imgfs.hashing import Digests, DigestStream, HashPool, digest_file
 from imgfs.image import Image
@@ -46,7 +46,15 @@ class SealingRules:
 class Sealer:
     """Seals images; tells `sealed` of each one when it is done with it, in whatever state."""
 
-    def __init__(self, pool: HashPool, rules: SealingRules, sealed: Callable[[Image], None]) -> None:
+    def __init__(
+        self,
+        pool: HashPool,
+        rules: SealingRules,
+        sealed: Callable[[Image], None],
+        make_room: Callable[[Image], bool],
+    ) -> None:
+        """`make_room` finds an image another place if its datadir has no room for the record, or gives False."""
+        self._make_room = make_room
         self._pool = pool
         self._rules = rules
         self._sealed = sealed
@@ -223,10 +231,7 @@ class Sealer:
         expectations = _expectations(image)
         unmet = expectations.unmet(digests)
         state = State.FAILED if unmet else State.ACTIVE
-        for datadir in image.moved_from:  # what it left there must not come back beside it
-            datadir.sync()
-        image.moved_from.clear()
-        image.store_record(Record(state, mtime_ns, digests, expectations))
+        self._store(image, Record(state, mtime_ns, digests, expectations))
         image.expectations = Expectations()
         # Whoever reads a digest, or that the image failed, can rely on it after a crash, too.
         os.fsync(image.fd)
@@ -238,6 +243,14 @@ class Sealer:
         with image.lock:
             image.unsealed = False
             image.failed = unmet is not None
+
+    def _store(self, image: Image, new: Record) -> None:
+        try:
+            image.store_record(new)
+        except OSError as error:
+            if error.errno not in FULL_ERRNOS or not self._make_room(image):
+                raise
+            image.store_record(new.stamped(image.status().st_mtime_ns))
 
 
 def _expectations(image: Image) -> Expectations:

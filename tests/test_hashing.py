@@ -13,7 +13,8 @@ import pytest
 
 from imgfs import hashing
 from imgfs.errors import ImageChanging, Interrupted
-from imgfs.hashing import Digests, DigestStream, HashPool, data_spans, digest_file, hex_digits, usable_algorithm
+from imgfs.hashing import Digests, DigestStream, HashPool, digest_file, hex_digits, usable_algorithm
+from imgfs.sparse import data_spans
 from tests.conftest import wait_until
 
 MIB = 1 << 20
