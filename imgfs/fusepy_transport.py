@@ -70,7 +70,12 @@ class FusepyTransport:
         return bool(self._fuse._libfuse.fuse_interrupted()) or self._ending()
 
     def abandoned(self) -> bool:
-        """Whether nobody waits for an answer: the mount is ending, or the signal ends whoever made the request."""
+        """Whether nobody waits for an answer: the mount is ending, or the signal ends whoever made the request.
+
+        In a thread that works on no request libfuse has nothing to say, and must not be asked.
+        """
+        if not self._fuse._libfuse.fuse_get_context().contents.fuse:
+            return False
         return self._ending() or (self.interrupted() and is_dying(self.caller()[2]))
 
     def _ending(self) -> bool:

@@ -38,7 +38,7 @@ class Relocator:
 
     def __init__(self, namespace: Namespace) -> None:
         self._namespace = namespace
-        self.abandoned: Stop = never  # asked in the thread of the writer that waits
+        self.abandoned: Stop = never  # asked in the thread that waits, if need be a writer's
         self._closing = False
         self._lock = threading.Condition()
         self._under_way = 0  # guarded by _lock
@@ -81,17 +81,13 @@ class Relocator:
                 size = sparse.data_bytes(image.open_for_read(), offset, length) + length
                 self._move(image, max(size, image.declared_bytes), offset + length, full, image.declared_bytes)
 
-    def make_room_for_record(self, image: Image) -> bool:
-        """Move an image that is complete, but whose datadir is too full even for its record.
+    def make_room_for_record(self, image: Image) -> None:
+        """Move an image that is complete, but whose datadir is too full even for its record. Raises StorageFull.
 
-        False where it is not the datadir that is full: other attributes of the image leave no room.
+        Nothing is done where there is room (by now), but other attributes of the image may leave none to this one.
         """
-        if image.datadir.free_bytes() >= RECORD_BYTES:
-            return False
-        with contextlib.suppress(StorageFull):
+        if image.datadir.free_bytes() < RECORD_BYTES:
             self.relocate(image, 0, RECORD_BYTES, {image.datadir})
-            return True
-        return False
 
     def _move(self, image: Image, size: int, end: int, passed_over: set[Datadir], declared: int) -> None:
         """Move an image to the best datadir with room for `size` bytes, in a file that may be `end` bytes long."""

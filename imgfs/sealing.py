@@ -51,9 +51,9 @@ class Sealer:
         pool: HashPool,
         rules: SealingRules,
         sealed: Callable[[Image], None],
-        make_room: Callable[[Image], bool],
+        make_room: Callable[[Image], None],
     ) -> None:
-        """`make_room` finds an image another place if its datadir has no room for the record, or gives False."""
+        """`make_room` finds an image another place where its datadir has no room for the record."""
         self._make_room = make_room
         self._pool = pool
         self._rules = rules
@@ -248,8 +248,11 @@ class Sealer:
         try:
             image.store_record(new)
         except OSError as error:
-            if error.errno not in FULL_ERRNOS or not self._make_room(image):
+            if error.errno not in FULL_ERRNOS:
                 raise
+            if image.name is None:
+                raise Interrupted("the image was removed") from None
+            self._make_room(image)
             image.store_record(new.stamped(image.status().st_mtime_ns))
 
 

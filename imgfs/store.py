@@ -139,8 +139,8 @@ class ImageStore:
             self._changed(image.name, False)
         self._namespace.let_go(image)
 
-    def _make_room_for_record(self, image: Image) -> bool:
-        return self._relocator.make_room_for_record(image)
+    def _make_room_for_record(self, image: Image) -> None:
+        self._relocator.make_room_for_record(image)
 
     def _changed_directly(self, told: dict[str, bool] | None) -> None:
         """Pass on what may be news; of an image that is written here right now nobody keeps anything."""

@@ -68,11 +68,15 @@ class Transit:
     def announce(self, name: str, old: Datadir, old_ino: int) -> None:
         """Put on stable storage which file this one is to replace."""
         fd = self.datadir.create_own(self._token + _NOTE)
-        with open(fd, "wb") as file:
-            file.write(Arrival(name, self.ino, old.path, old_ino).encode())
-            file.flush()
-            os.fsync(fd)
-        os.fsync(self.datadir.own_fd)
+        try:
+            with open(fd, "wb") as file:
+                file.write(Arrival(name, self.ino, old.path, old_ino).encode())
+                file.flush()
+                os.fsync(fd)
+            os.fsync(self.datadir.own_fd)
+        except BaseException:
+            self.forget_note()
+            raise
 
     def arrive(self, name: str) -> None:
         """Take the name, which must be free here, on stable storage. Raises FileExistsError."""

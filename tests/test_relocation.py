@@ -2,11 +2,14 @@
 
 import contextlib
 import errno
+import itertools
 import os
+import random
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -378,6 +381,18 @@ def test_target_that_fails_in_the_middle_is_passed_over(
     assert images_in(second.below) == []
 
 
+def test_target_without_room_for_the_note_is_passed_over(
+    faulty: FaultyMaker, filesystem: Filesystem, mount: Mounter
+) -> None:
+    second = faulty()
+    images = mount([f"{filesystem('tmpfs', 8)}:200", f"{second.path}:100", f"{filesystem('tmpfs', 32)}:50"])
+    second.fault("ENOSPC", "write", name="transit-*.note")
+    new_image(images / "x", 12 * MIB)
+    assert_sealed(images / "x")
+    assert datadir_of(images / "x") == "fs1"
+    assert images_in(second.below) == []
+
+
 def test_image_too_long_for_a_filesystem_goes_to_one_without_that_limit(
     filesystem: Filesystem, mount: Mounter, tmp_path: Path
 ) -> None:
@@ -455,23 +470,18 @@ def test_program_that_has_the_image_open_by_passthrough_keeps_it_in_its_datadir(
     assert datadir_of(images / "x") == ("fs0" if pinned else "fs1")
 
 
-def test_complete_image_whose_record_finds_no_room_is_relocated(
-    filesystem: Filesystem, open_store: OpenStore
-) -> None:
-    places = [filesystem("ext4", 8), filesystem("ext4", 16)]
-    store = open_store([f"{places[0]}:200", f"{places[1]}:100"])
-    handle = store.create("x")
+def test_complete_image_whose_record_finds_no_room_is_relocated(filesystem: Filesystem, mount: Mounter) -> None:
+    images = mount([f"{filesystem('ext4', 8)}:200", f"{filesystem('ext4', 16)}:100"])
     content = os.urandom(MIB)
-    store.write(handle, content, 0)
-    handle.sync()
-    fill(places[0], 64 * KIB)
-    with contextlib.suppress(OSError), open(places[0] / ".filled/rest", "wb", buffering=0) as rest:
-        while True:
-            rest.write(bytes(KIB))
-    store.close_handle(handle)
-    assert store.digests("x").checksum == md5(content)
-    assert store.state("x") == "active"
-    assert store.location("x").endswith("/fs1/x")
+    with open(images / "x", "wb", buffering=0) as file:
+        file.write(content)
+        os.fsync(file.fileno())
+        fill(images.datadirs[0], 64 * KIB)
+        with contextlib.suppress(OSError), open(images.datadirs[0] / ".filled/rest", "wb", buffering=0) as rest:
+            while True:
+                rest.write(bytes(KIB))
+    assert_sealed(images / "x", md5(content))
+    assert datadir_of(images / "x") == "fs1"
 
 
 class Held:
@@ -653,6 +663,77 @@ def test_unmounting_gives_a_relocation_up(faulty: FaultyMaker, filesystem: Files
         writer.kill()
     assert "was given up" in images.log.read_text()
     assert images_in(slow.below) == []
+
+
+# --- many at once ---
+
+
+class Writers:
+    """Write, rename and remove images until the time is over; `kept` are those that must be there in the end."""
+
+    def __init__(self, images: Path, seconds: float) -> None:
+        self.images, self.end = images, time.monotonic() + seconds
+        self.kept: dict[str, str] = {}
+        self.wrong: list[str] = []
+
+    def run(self, count: int) -> None:
+        threads = [threading.Thread(target=self._write_many, args=(number,)) for number in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def _write_many(self, number: int) -> None:
+        choose = random.Random(number)
+        for count in itertools.count():
+            if time.monotonic() > self.end:
+                return
+            image = self.images / f"{number}-{count}"
+            try:
+                self._write(image, choose)
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    self.wrong.append(f"{image.name}: {error}")
+                image.unlink(missing_ok=True)
+                for name in [name for name in list(self.kept) if name.startswith(f"{number}-")][:3]:
+                    del self.kept[name]
+                    (self.images / name).unlink()
+
+    def _write(self, image: Path, choose: random.Random) -> None:
+        content = choose.randbytes(choose.randrange(1, 12 * MIB))
+        places = list(range(0, len(content), 256 * KIB))
+        if choose.random() < 0.4:
+            choose.shuffle(places)
+        with open(image, "w+b", buffering=0) as file:
+            for at in places:
+                piece = memoryview(content)[at : at + 256 * KIB]
+                while piece:
+                    written = os.pwrite(file.fileno(), piece, at)
+                    piece, at = piece[written:], at + written  # noqa: PLW2901
+            at = choose.choice(places)
+            if os.pread(file.fileno(), 1000, at) != content[at : at + 1000]:
+                self.wrong.append(f"{image.name} at {at}")
+        if choose.random() < 0.3:
+            image = image.rename(image.with_name(image.name + "r"))
+        if choose.random() < 0.5:
+            image.unlink()
+        else:
+            self.kept[image.name] = md5(content)
+
+
+def test_many_writers_on_disks_that_fill_up_lose_nothing(filesystem: Filesystem, mount: Mounter) -> None:
+    places = [filesystem("tmpfs", 24), filesystem("ext4", 32), filesystem("tmpfs", 40), filesystem("ext4", 64)]
+    images = mount([f"{place}:{priority}" for place, priority in zip(places, (300, 200, 200, 100), strict=True)])
+    images.expect_warning("is removed: .* was full|stays stale: sealing failed: (no other datadir|.Errno 28)")
+    writers = Writers(images.path, float(os.environ.get("IMGFS_STRESS_SECONDS", "4")))
+    writers.run(5)
+    assert writers.wrong == []
+    for name, checksum in writers.kept.items():
+        assert_sealed(images / name, checksum)
+    assert sorted(os.listdir(images.path)) == sorted(writers.kept)
+    assert sorted(name for place in places for name in images_in(place)) == sorted(writers.kept)
+    assert attribute(images.path, "datadirs").count('"reserved": 0') == len(places)
+    assert "moves from" in images.log.read_text()
 
 
 # --- crashes ---
