@@ -31,23 +31,29 @@ LIVES = int(os.environ.get("IMGFS_CRASH_LIVES", "2"))
 SECONDS = float(os.environ.get("IMGFS_CRASH_SECONDS", "1.5"))
 SEED = os.environ.get("IMGFS_CRASH_SEED") or str(random.SystemRandom().getrandbits(32))
 LEAST_PROMISES = 10
+SMALL = {"ext4": 16, "xfs": 300}  # MiB; xfs has no smaller ones
+LARGE = {"ext4": 64, "xfs": 320}
 OWN_FILES = {"xattrs"}
 """What may be in `DATADIR/.imgfs/` while nothing is under way."""
 
 
 class Machine:
-    """Two disks with a datadir each, and what was noted of their use."""
+    """Two disks with a datadir each, and what was noted of their use.
 
-    def __init__(self, place: Path, filesystem: str, mib: int) -> None:
+    The preferred one is small, so that it is full now and then and images are relocated.
+    """
+
+    def __init__(self, place: Path, filesystem: str) -> None:
         self.place = place
         self.disks = [place / f"disk{number}" for number in range(2)]
         self.datadirs = [place / f"datadir{number}" for number in range(2)]
-        for disk, datadir in zip(self.disks, self.datadirs, strict=True):
-            make_disk(disk, filesystem, mib)
+        for disk, datadir, size in zip(self.disks, self.datadirs, (SMALL[filesystem], LARGE[filesystem]), strict=True):
+            make_disk(disk, filesystem, size)
             datadir.mkdir()
         self.log, self.notes = place / "log", place / "notes"
         self.notes.touch()
-        self.config = write_config(place, [str(d) for d in self.datadirs], hashing_algo="sha256", file_perm="0640")
+        places = [f"{datadir}:{priority}" for datadir, priority in zip(self.datadirs, (2, 1), strict=True)]
+        self.config = write_config(place, places, hashing_algo="sha256", file_perm="0640")
         self.mountpoint = place / "images"
         self.mountpoint.mkdir()
 
@@ -142,7 +148,7 @@ def _abort(mountpoint: Path) -> None:
 
 @contextlib.contextmanager
 def _daemon(machine: Machine, transport: str) -> Iterator[subprocess.Popen[bytes]]:
-    command = [*IMGFS, "mount", "--foreground", "--transport", transport, str(machine.config)]
+    command = [*IMGFS, "-v", "mount", "--foreground", "--transport", transport, str(machine.config)]
     with open(machine.place / "daemon.log", "ab") as output:
         daemon = subprocess.Popen([*command, str(machine.mountpoint)], stdin=subprocess.DEVNULL, stderr=output)
     try:
@@ -171,7 +177,7 @@ def moments(history: History, end: int, chance: random.Random) -> list[int]:
 def test_what_was_complete_survives_kills_and_power_cuts(
     transport: str | None, filesystem: str, tmp_path: Path
 ) -> None:
-    machine = Machine(tmp_path, filesystem, mib=320 if filesystem == "xfs" else 64)
+    machine = Machine(tmp_path, filesystem)
     print(f"IMGFS_CRASH_SEED={SEED}")  # noqa: T201 - shown where the test fails, and by `make crash`
     with machine.recorded():
         for life in range(LIVES):

@@ -23,8 +23,8 @@ from imgfs.attributes import PREFIX
 
 THREADS = 3
 NAMES = "abcd"
-SIZES = (0, 1, 4096, 40_000, 300_000, 1_000_000)
-MOST_BYTES = 10 << 20  # what a thread keeps of images
+SIZES = (0, 1, 4096, 40_000, 300_000, 1_000_000, 3_000_000)
+MOST_BYTES = 14 << 20  # what a thread keeps of images
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
