@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from imgfs import mounts
 from tests.conftest import Mounted, Mounter, attribute, run, wait_until
 
 MIB = 1 << 20
@@ -75,10 +74,14 @@ def run_as(
 
 
 def crash(mounter: Mounter, mounted: Mounted) -> None:
-    """End a daemon by SIGKILL and take its dead mount away; nothing is asked of it any more."""
+    """End a daemon by SIGKILL and take its dead mount away; nothing is asked of it any more.
+
+    By force, and before it is waited for: a thread of it may wait in the kernel for the directory's lock, which a
+    client holds that waits for the daemon.
+    """
     mounted.daemon.send_signal(signal.SIGKILL)
+    run("umount", "--force", "--lazy", mounted.path)
     mounted.daemon.wait()
-    mounts.detach(str(mounted.path))
     mounter._mounted.remove(mounted)
 
 

@@ -47,7 +47,9 @@ class Machine:
         self.place = place
         self.disks = [place / f"disk{number}" for number in range(2)]
         self.datadirs = [place / f"datadir{number}" for number in range(2)]
-        for disk, datadir, size in zip(self.disks, self.datadirs, (SMALL[filesystem], LARGE[filesystem]), strict=True):
+        for disk, datadir, size in zip(
+            self.disks, self.datadirs, (SMALL[filesystem], LARGE[filesystem]), strict=True
+        ):
             make_disk(disk, filesystem, size)
             datadir.mkdir()
         self.log, self.notes = place / "log", place / "notes"
