@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Mounted, Mounter, attribute, run, wait_until
+from imgfs import mounts
+from tests.conftest import WAIT_SECONDS, Mounted, Mounter, attribute, run, wait_until
 
 MIB = 1 << 20
 OLD_MTIME_NS = 1_234_567_890_123_456_789
@@ -74,14 +75,12 @@ def run_as(
 
 
 def crash(mounter: Mounter, mounted: Mounted) -> None:
-    """End a daemon by SIGKILL and take its dead mount away; nothing is asked of it any more.
-
-    By force, and before it is waited for: a thread of it may wait in the kernel for the directory's lock, which a
-    client holds that waits for the daemon.
-    """
+    """End a daemon by SIGKILL and take its dead mount away; nothing is asked of it any more."""
     mounted.daemon.send_signal(signal.SIGKILL)
-    run("umount", "--force", "--lazy", mounted.path)
-    mounted.daemon.wait()
+    try:
+        mounted.daemon.wait(WAIT_SECONDS)
+    finally:
+        mounts.detach(str(mounted.path))
     mounter._mounted.remove(mounted)
 
 

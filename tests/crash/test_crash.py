@@ -142,8 +142,8 @@ def run_and_kill(machine: Machine, transport: str | None, seed: str, life: int) 
 def _abort(mountpoint: Path) -> None:
     """Take a mount away whose daemon was killed, and end what waits for it.
 
-    By force: a thread of the daemon may be waiting in the kernel for the directory's lock, which a client holds that
-    waits for the daemon, and as long as it does, the kernel does not see that the daemon is gone.
+    By force: before Linux 6.16 a thread of the daemon may be waiting in the kernel for the directory's lock, which a
+    client holds that waits for the daemon, and as long as it does, the kernel does not see that the daemon is gone.
     """
     run("umount", "--force", "--lazy", mountpoint)
 
