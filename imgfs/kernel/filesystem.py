@@ -331,7 +331,8 @@ class Filesystem:
             self._listings.pop(request.fh, None)
         return b""
 
-    def fsyncdir(self, _header: Header, _request: requests.FsyncIn) -> Payload:
+    def fsyncdir(self, _header: Header, request: requests.FsyncIn) -> Payload:
+        self._call("fsyncdir", ROOT_PATH, request.fsync_flags & abi.FUSE_FSYNC_FDATASYNC, request.fh)
         return b""
 
     # Beneath
