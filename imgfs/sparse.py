@@ -6,6 +6,7 @@ No names here, only descriptors. Threading: nothing is shared; the offset of a d
 import errno
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 STEP_BYTES = 16 << 20  # copied by the kernel in one call; after each, it is asked whether to go on
 BUFFER_BYTES = 4 << 20
@@ -15,6 +16,8 @@ _NOT_BY_KERNEL = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNO
 
 Progress = Callable[[int], None]
 """Told how many bytes more were copied; raises to end the copying."""
+Calling = Callable[..., Any]
+"""Calls its first argument, which works on both files, with the others: for whoever watches how long that takes."""
 
 
 def data_spans(fd: int, size: int) -> Iterator[tuple[int, int]]:
@@ -41,7 +44,7 @@ def data_bytes(fd: int, but_offset: int = 0, but_length: int = 0) -> int:
     return min(counted, status.st_blocks * 512) if _hides_holes(spans, status) else counted
 
 
-def copy(source_fd: int, target_fd: int, progress: Progress) -> None:
+def copy(source_fd: int, target_fd: int, progress: Progress, calling: Calling) -> None:
     """Copy the data of a file to an empty one, holes left out; the target may still lack a hole at the end."""
     status = os.fstat(source_fd)
     spans = list(data_spans(source_fd, status.st_size))
@@ -49,10 +52,12 @@ def copy(source_fd: int, target_fd: int, progress: Progress) -> None:
     for start, end in spans:
         at = start
         while at < end:
-            copied = 0 if by_reading else _copy_in_kernel(source_fd, target_fd, at, min(end - at, STEP_BYTES))
+            step = 0 if by_reading else min(end - at, STEP_BYTES)
+            copied: int = calling(_copy_in_kernel, source_fd, target_fd, at, step) if step else 0
             if not copied:
                 by_reading = True
-                copied = _copy_by_reading(source_fd, target_fd, at, min(end - at, BUFFER_BYTES), find_holes)
+                step = min(end - at, BUFFER_BYTES)
+                copied = calling(_copy_by_reading, source_fd, target_fd, at, step, find_holes)
             progress(copied)
             at += copied
 

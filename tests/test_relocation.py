@@ -497,10 +497,10 @@ class Held:
         self.begun, self.go_on = threading.Event(), threading.Event()
         copy = relocation.sparse.copy
 
-        def held(source: int, target: int, progress: Callable[[int], None]) -> None:
+        def held(*arguments: object) -> None:
             self.begun.set()
             assert self.go_on.wait(60)
-            copy(source, target, progress)
+            copy(*arguments)
 
         monkeypatch.setattr(relocation.sparse, "copy", held)
 
