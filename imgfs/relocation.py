@@ -9,7 +9,6 @@ Threading: an image's `change_lock` is held while it is copied, so its writers w
 """
 
 import contextlib
-import functools
 import logging
 import os
 import stat
@@ -140,7 +139,8 @@ class Relocator:
                 )  # so that caches are not filled with it, and a disk that is full says so soon
             self._require_wanted(image)
 
-        sparse.copy(image.fd, fd, progress, functools.partial(finish, image.datadir.finish))
+        watched = (image.datadir.finish, finish) if transit.datadir.is_watched else ()
+        sparse.copy(image.fd, fd, progress, *watched)
         finish(os.ftruncate, fd, before.st_size)
         finish(_give, fd, mode, owner)  # writing may have taken set-id bits away
         finish(set_times, proc_path(fd), (before.st_atime_ns, before.st_mtime_ns))

@@ -44,6 +44,8 @@ def _finished(method: Callable[Concatenate[Datadir, P], T]) -> Callable[Concaten
 class TimedDatadir(Datadir):
     """A datadir whose calls are watched."""
 
+    is_watched = True
+
     def __init__(self, config: DatadirConfig, file_perm: int = 0) -> None:
         self.calls = Calls()
         super().__init__(config, file_perm)
