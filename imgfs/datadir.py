@@ -380,6 +380,10 @@ class Datadir:
             if self._gone:
                 self._gone = {name: count for name, count in self._gone.items() if count > settled}
 
+    def is_unsettled(self) -> bool:
+        """Whether names are gone from here, and a power cut might bring them back."""
+        return bool(self._gone)
+
     def settle(self, name: str) -> None:
         """Have it durable that a name is gone from here, if it ever was: it is about to appear in another datadir.
 

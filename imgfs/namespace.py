@@ -504,7 +504,10 @@ class Namespace:
             first.name, second.name = other, one
 
     def sync(self) -> None:
-        """Put on stable storage which names there are."""
+        """Put on stable storage which names there are. Raises DatadirOffline where that can't be had."""
+        for datadir in self.datadirs:
+            if datadir.offline is not None and datadir.is_unsettled():
+                datadir.require_online()
         for datadir in self.online():
             if datadir.writable:
                 datadir.sync()
