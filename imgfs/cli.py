@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from imgfs import daemon, datadir, mount_options, mounts
+from imgfs import daemon, datadir, mount_options, mounts, privileges
 from imgfs.config import Config, ConfigError, load
 from imgfs.errors import ImgfsError, InvalidValue, MountError
 from imgfs.version import VERSION
@@ -65,6 +65,8 @@ def _log_to(handler: logging.Handler, form: str, verbosity: int) -> None:
 
 
 def _mount(parsed: argparse.Namespace) -> int:
+    privileges.close_inherited_descriptors()
+    os.umask(os.umask(0o022) | 0o022)  # before a log file is made
     config = load(parsed.config, datadir.unusable)
     options = mount_options.parse(parsed.options)
     other = options.pop("allow_other", None) or parsed.allow_other

@@ -18,20 +18,24 @@ import secrets
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import ParamSpec, TypeVar, cast
 
 from imgfs import linux, mount_table, names
 from imgfs.config import DatadirConfig, Mode
-from imgfs.errors import DatadirError, DatadirOffline, ImageNotFound, InvalidName, WriteDenied
+from imgfs.errors import AnsweredTooLate, DatadirError, DatadirOffline, ImageNotFound, InvalidName, WriteDenied
 from imgfs.xattrs import NativeXattrs, ReadOnlyXattrs, SidecarXattrs, Xattrs, proc_path, read_regular, supported
 
 log = logging.getLogger(__name__)
 
 FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """What a datadir says when it can't take an image for want of room."""
+LOST_ERRNOS = frozenset(
+    {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENXIO, errno.ENODEV, errno.ESHUTDOWN, errno.ECONNABORTED}
+)
+"""What a datadir's root says when the filesystem below is gone; of a file it may concern that file only."""
 UNTOLD_BYTES = 1 << 50
 """What counts as free where a filesystem does not tell its size at all (ramfs, some network filesystems)."""
 MOST_UNSYNCED_NAMES = 10_000
@@ -40,6 +44,8 @@ READ_ONLY_SECONDS = 30.0  # how long a datadir that answered EROFS is not tried 
 LOCK_WAIT_SECONDS = 10.0
 _LOCK_RETRY_SECONDS = 0.05
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +149,62 @@ class Datadir:
         """Raise DatadirOffline where it is offline."""
         if self.offline is not None:
             raise DatadirOffline(f"datadir {self.path} is offline: {self.offline}")
+
+    def is_lost(self, error: OSError) -> bool:
+        """Whether an error means that the datadir itself, not one file, can't be reached; then it is offline now."""
+        if isinstance(error, AnsweredTooLate):
+            return False
+        if self.offline is not None:
+            return True
+        if error.errno not in LOST_ERRNOS or isinstance(error, DatadirOffline):
+            return False
+        try:
+            self.check_root()
+        except OSError as found:
+            if found.errno in LOST_ERRNOS:
+                self.go_offline(f"its root gives: {found.strerror}")
+        return self.offline is not None
+
+    def may_be_spared(self, error: OSError) -> bool:
+        """The same for who can do without its answer: it may also be too busy with calls that do not come back."""
+        refused = isinstance(error, DatadirOffline) and not isinstance(error, AnsweredTooLate)
+        return refused or self.is_lost(error)
+
+    def check_root(self) -> None:
+        """Look at the root in every way that imgfs does; raises what a dead filesystem says. Changes nothing."""
+        os.fstat(self.fd)
+        os.fstatvfs(self.fd)
+        unheard_of = f"{names.OWN_DIRECTORY}-{secrets.token_hex(4)}"  # no cache answers for it
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(unheard_of, dir_fd=self.fd, follow_symlinks=False)
+        fd = os.open(".", _DIRECTORY, dir_fd=self.fd)
+        try:
+            with os.scandir(fd) as found:
+                next(found, None)
+        finally:
+            os.close(fd)
+
+    # --- calls, which a datadir with a timeout watches (timed.py) ---
+
+    def ask(self, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+        """Make a call that asks something. Raises DatadirOffline where it is refused, or answered too late."""
+        return call(*args, **options)
+
+    def obtain(self, undo: Callable[[T], None], call: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:  # noqa: ARG002
+        """The same for a call whose answer is to be undone where it comes too late."""
+        return call(*args, **options)
+
+    def attempt(self, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+        """Make a call that does something, which counts however late. Raises DatadirOffline where it is refused."""
+        return call(*args, **options)
+
+    def finish(self, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+        """Make a call that is part of what was begun, so never refused; it may wait for all that was written."""
+        return call(*args, **options)
+
+    def has_stuck(self, _thread: int) -> bool:
+        """Whether a thread is stuck in a call here."""
+        return False
 
     # --- what may be done ---
 
@@ -318,9 +380,17 @@ class Datadir:
             if self._gone:
                 self._gone = {name: count for name, count in self._gone.items() if count > settled}
 
+    def is_unsettled(self) -> bool:
+        """Whether names are gone from here, and a power cut might bring them back."""
+        return bool(self._gone)
+
     def settle(self, name: str) -> None:
-        """Have it durable that a name is gone from here, if it ever was: it is about to appear in another datadir."""
+        """Have it durable that a name is gone from here, if it ever was: it is about to appear in another datadir.
+
+        Raises DatadirOffline where that can't be had.
+        """
         if name in self._gone:
+            self.require_online()
             self.sync()
 
     def _note_gone(self, name: str) -> None:

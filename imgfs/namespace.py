@@ -15,20 +15,22 @@ import logging
 import os
 import stat
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from imgfs import names, placement
-from imgfs.datadir import FULL_ERRNOS, Datadir
-from imgfs.errors import ImageExists, ImageNotFound, ImgfsError, ReservedName, StorageFull
+from imgfs.datadir import FULL_ERRNOS, LOST_ERRNOS, Datadir, Entry
+from imgfs.errors import AnsweredTooLate, ImageExists, ImageNotFound, ImgfsError, ReservedName, StorageFull
 from imgfs.image import Image, Key, StreamFactory, key_of
-from imgfs.name_locks import NameLocks
+from imgfs.name_locks import NameLocks, Turn
 from imgfs.transit import Transit, finish_arrivals
 
 log = logging.getLogger(__name__)
 
 _ATTEMPTS = 10
 _PASSED_OVER = FULL_ERRNOS | {errno.EROFS}
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,15 +72,17 @@ class Namespace:
         *,
         thin: bool,
         write_once: bool,
+        image_class: type[Image] = Image,
     ) -> None:
         """`removed` is called with each live image that loses its name for good."""
+        self._image_class = image_class
         self.datadirs = datadirs
         self._removed = removed
         self._new_stream = new_stream
         self._thin = thin
         self._write_once = write_once
-        self._names = NameLocks()
-        self._placing = threading.Lock()
+        self._names = NameLocks(self._require_not_stuck)
+        self._placing = Turn()
         self._table_lock = threading.Lock()
         self._live: dict[Key, Image] = {}  # guarded by _table_lock
         self._declared: set[Image] = set()  # guarded by _table_lock: live images whose size was declared
@@ -92,6 +96,27 @@ class Namespace:
         """The datadirs that can be asked, highest priority first."""
         return [datadir for datadir in self.datadirs if datadir.offline is None]
 
+    def answers(self, ask: Callable[[Datadir], T]) -> list[T]:
+        """What each datadir that is online answers; one that turns out to be lost is passed over."""
+        given = []
+        for datadir in self.online():
+            try:
+                given.append(ask(datadir))
+            except OSError as error:
+                if not datadir.may_be_spared(error):
+                    raise
+        return given
+
+    def replace(self, lost: Collection[int]) -> None:
+        """Nobody waits for these threads, which are stuck in a datadir."""
+        self._placing.take_from(lost)
+
+    def _require_not_stuck(self, thread: int) -> None:
+        """Raise DatadirOffline where a thread is stuck in a datadir."""
+        for datadir in self.datadirs:
+            if datadir.has_stuck(thread):
+                datadir.require_online()
+
     def listing(self) -> Iterator[tuple[str, int]]:
         """Every image, once: its name and its inode number. Those of a datadir that is offline are left out."""
         seen: set[str] = set()
@@ -99,7 +124,7 @@ class Namespace:
         while moves != self._moves:
             moves = self._moves
             for datadir in self.online():
-                for entry in datadir.entries():
+                for entry in _entries(datadir):
                     if entry.name in seen:
                         continue
                     if len(self.datadirs) > 1:
@@ -121,7 +146,12 @@ class Namespace:
             moves = self._moves
             for datadir in self.datadirs:
                 if datadir.offline is None:
-                    status = datadir.find(name)
+                    try:
+                        status = datadir.find(name)
+                    except OSError as error:
+                        if not datadir.is_lost(error):
+                            raise
+                        continue
                     if status is not None:
                         return datadir, status
         self._require_not_offline(name)
@@ -160,12 +190,18 @@ class Namespace:
 
     def _pinned(self, name: str) -> Image | None:
         for datadir in self.online():
-            with contextlib.suppress(ImageNotFound):
+            try:
                 path_fd = datadir.pin(name)
-                image = self._shared(self._image(datadir, name, path_fd, os.fstat(path_fd)))
-                if self._keep_name(image, name):
-                    return image
-                self.let_go(image)
+            except ImageNotFound:
+                continue
+            except OSError as error:
+                if not datadir.is_lost(error):
+                    raise
+                continue
+            image = self._shared(self._image(datadir, name, path_fd, os.fstat(path_fd)))
+            if self._keep_name(image, name):
+                return image
+            self.let_go(image)
         return None
 
     def _keep_name(self, image: Image, name: str) -> bool:
@@ -209,7 +245,9 @@ class Namespace:
             raise ImageNotFound(f"no image {name!r}") from None
 
     def _image(self, datadir: Datadir, name: str, path_fd: int, status: os.stat_result) -> Image:
-        return Image(datadir, name, path_fd, status, self._new_stream, thin=self._thin, write_once=self._write_once)
+        return self._image_class(
+            datadir, name, path_fd, status, self._new_stream, thin=self._thin, write_once=self._write_once
+        )
 
     def _shared(self, fresh: Image) -> Image:
         """The live image of the inode of `fresh`: `fresh` itself where there is none yet."""
@@ -232,7 +270,7 @@ class Namespace:
         with self._names.held(name):
             placed = self._placed(None)
             # The first one placed says itself whether it has the name (O_EXCL), before anything else.
-            if any(datadir.has_any(name) for datadir in self.online() if datadir not in placed[:1]):
+            if self._is_taken(name, but=placed[:1]):
                 raise ImageExists(f"image {name!r} exists")
             self._require_not_offline(name)
             datadir, fd, status = self._create_in(placed, name, mode, owner)
@@ -244,6 +282,18 @@ class Namespace:
         if live is not fresh:
             self._hand_over(fresh, live)
         return live
+
+    def _is_taken(self, name: str, but: Container[Datadir]) -> bool:
+        """Whether anything has a name in some datadir other than those given, as far as can be asked."""
+        for datadir in self.datadirs:
+            if datadir.offline is None and datadir not in but:
+                try:
+                    if datadir.has_any(name):
+                        return True
+                except OSError as error:
+                    if not datadir.is_lost(error):
+                        raise
+        return False
 
     def _hand_over(self, fresh: Image, live: Image) -> None:
         """Somebody has looked up an image that was just created, and entered it in the table before."""
@@ -296,33 +346,53 @@ class Namespace:
             for image in declared:
                 image.references += 1
             promised: list[Image | Promise] = [*declared, *self._promises]
-        reserved = sum(one.outstanding_bytes() for one in promised if one.datadir.device == datadir.device)
+        reserved = sum(
+            one.outstanding_bytes()
+            for one in promised
+            if one.datadir.device == datadir.device and one.datadir.offline is None
+        )
         for image in declared:
             self.let_go(image)
         return reserved
 
     def _placed(self, size: int | None) -> list[Datadir]:
-        return placement.order((self._candidate(d) for d in self.datadirs if d.takes_images), size)
+        candidates = (self._candidate(datadir) for datadir in self.datadirs if datadir.takes_images)
+        return placement.order([candidate for candidate in candidates if candidate is not None], size)
 
-    def _candidate(self, datadir: Datadir) -> placement.Candidate[Datadir]:
+    def _candidate(self, datadir: Datadir) -> placement.Candidate[Datadir] | None:
+        """None for one that turns out to be lost."""
         kept = self.reserved_bytes(datadir) + datadir.config.min_free_bytes
-        return placement.Candidate(datadir, datadir.priority, datadir.free_bytes() - kept)
+        try:
+            return placement.Candidate(datadir, datadir.priority, datadir.free_bytes() - kept)
+        except OSError as error:
+            if not datadir.may_be_spared(error):
+                raise
+            return None
 
     def _create_in(
         self, datadirs: Iterable[Datadir], name: str, mode: int, owner: Owner
     ) -> tuple[Datadir, int, os.stat_result]:
-        """A new file in the first datadir that takes it, and its fstat(2) as it was created."""
+        """A new file in the first datadir that takes it, and its fstat(2) as it was created.
+
+        Where none does: the error of one that is broken, if any, else StorageFull.
+        """
+        broken: OSError | None = None
         for datadir in datadirs:
             self._settle_elsewhere(name, datadir)
             try:
-                return datadir, *_create_file(datadir, name, mode, owner)
+                return datadir, *datadir.obtain(
+                    lambda made, datadir=datadir: _unmake_file(datadir, name, made[0]),  # type: ignore[misc]
+                    _create_file, datadir, name, mode, owner,
+                )  # fmt: skip
             except FileExistsError:
                 raise ImageExists(f"image {name!r} exists") from None
             except OSError as error:
-                if error.errno not in _PASSED_OVER:
+                if error.errno not in _PASSED_OVER | LOST_ERRNOS or isinstance(error, AnsweredTooLate):
                     raise
+                if error.errno in LOST_ERRNOS and not datadir.is_lost(error):
+                    broken = error
                 log.warning("datadir %s is passed over for %r: %s", datadir.path, name, error.strerror)
-        raise StorageFull(f"no datadir has room for {name!r}")
+        raise broken or StorageFull(f"no datadir has room for {name!r}")
 
     def replace_file(self, image: Image, transit: Transit) -> None:
         """An image goes on in a copy of its file, in another datadir; all its handles go with it.
@@ -434,7 +504,10 @@ class Namespace:
             first.name, second.name = other, one
 
     def sync(self) -> None:
-        """Put on stable storage which names there are."""
+        """Put on stable storage which names there are. Raises DatadirOffline where that can't be had."""
+        for datadir in self.datadirs:
+            if datadir.offline is not None and datadir.is_unsettled():
+                datadir.require_online()
         for datadir in self.online():
             if datadir.writable:
                 datadir.sync()
@@ -444,12 +517,12 @@ class Namespace:
         if not here and image.datadir.has_any(new):
             raise ImageExists(f"{new!r} is taken in {image.datadir.path} by something else; remove that first")
         gone = {image.datadir, target.datadir if target else image.datadir}
-        if any(datadir.has_any(new) for datadir in self.online() if datadir not in gone):
+        if self._is_taken(new, but=gone):
             raise ImageExists(f"{new!r} is in more than one datadir; remove the copies that are not wanted first")
         self._require_not_offline(new)
         if target is not None:
             # What replaces an image must be on stable storage before that is gone.
-            os.fsync(image.open_for_read())
+            image.sync()
         self._settle_elsewhere(new, image.datadir)
         if target is not None and not here:
             self._replace_elsewhere(image, old, new, target)
@@ -461,7 +534,7 @@ class Namespace:
 
     def _settle_elsewhere(self, name: str, datadir: Datadir) -> None:
         """Before a name appears in a datadir: an image that had it elsewhere must not come back by a power cut."""
-        for other in self.online():
+        for other in self.datadirs:
             if other is not datadir:
                 other.settle(name)
 
@@ -511,6 +584,15 @@ class Namespace:
                 datadir.forget_replaced(note)
 
 
+def _entries(datadir: Datadir) -> Iterator[Entry]:
+    """The images of a datadir, none more once it turns out to be lost."""
+    try:
+        yield from datadir.entries()
+    except OSError as error:
+        if not datadir.is_lost(error):
+            raise
+
+
 def _sync_if_possible(datadir: Datadir) -> None:
     if datadir.writable:
         try:
@@ -530,10 +612,14 @@ def _create_file(datadir: Datadir, name: str, mode: int, owner: Owner) -> tuple[
         group_given = owner.by_default and status.st_gid != os.getegid()
         give(fd, status, mode, Owner(owner.uid) if group_given else owner)
     except BaseException:
-        os.close(fd)
-        datadir.unlink(name)
+        _unmake_file(datadir, name, fd)
         raise
     return fd, status
+
+
+def _unmake_file(datadir: Datadir, name: str, fd: int) -> None:
+    os.close(fd)
+    datadir.unlink(name)
 
 
 def _settle(transit: Transit, old: Datadir, old_ino: int) -> None:

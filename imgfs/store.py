@@ -16,6 +16,7 @@ from typing import Any, Protocol, Self, TypeVar
 from imgfs import location as locations
 from imgfs import metadata as labels
 from imgfs import names
+from imgfs.calls import Call
 from imgfs.config import Config, Reseal
 from imgfs.datadir import FULL_ERRNOS, Datadir, give_tags
 from imgfs.errors import (
@@ -33,19 +34,20 @@ from imgfs.errors import (
     WriteDenied,
 )
 from imgfs.hashing import Digests, DigestStream, HashPool, Stop, Verifier, never
+from imgfs.health import Health
 from imgfs.image import Handle, Image
 from imgfs.namespace import NOBODY_IN_PARTICULAR, Namespace, Owner
 from imgfs.record import State
 from imgfs.relocation import Relocator
 from imgfs.resealing import Resealer
 from imgfs.sealing import Sealer, SealingRules
+from imgfs.timed import TimedDatadir, TimedImage
 from imgfs.watching import Watcher, watch
 
 log = logging.getLogger(__name__)
 
 NEW_IMAGE_MODE = 0o640
 LONG_GAP_BYTES = 64 << 20  # takes 0.1 s to hash; a writer does not wait for more, the image is read again
-
 
 T = TypeVar("T")
 ImageChanged = Callable[[str | None, bool], None]
@@ -81,8 +83,10 @@ class ImageStore:
         rules = SealingRules(config.hashing_algo, config.file_perm)
         self._sealer = Sealer(self._pool, rules, self._sealed, self._make_room_for_record)
         self._changed: ImageChanged = lambda _name, _bytes: None
+        self._stuck: Callable[[list[Call]], None] = lambda _calls: None
         self._watcher: Watcher | None = None
         self._resealer: Resealer | None = None
+        self._health: Health | None = None
         try:
             self._namespace = Namespace(
                 self.datadirs,
@@ -90,6 +94,7 @@ class ImageStore:
                 self._sealer.forget,
                 thin=config.thin_provisioning,
                 write_once=config.write_once,
+                image_class=TimedImage if config.timeout_seconds else Image,
             )
         except BaseException:
             self._let_go()
@@ -97,6 +102,7 @@ class ImageStore:
         self._relocator = Relocator(self._namespace)
         if config.reseal is Reseal.BACKGROUND:
             self._resealer = Resealer(self._namespace, self._reseal_here)
+        self._health = Health(self.datadirs, config.timeout_seconds, self._health_changed, self._calls_stuck)
 
     def __enter__(self) -> Self:
         return self
@@ -115,11 +121,29 @@ class ImageStore:
         if self._watcher:
             self._watcher.close()
         self._sealer.close()
+        if self._health:
+            self._health.close()
         if self._resealer:
-            self._resealer.close()
+            self._resealer.close(lambda: any(datadir.offline is not None for datadir in self.datadirs))
         self._pool.close()
         for datadir in self.datadirs:
-            datadir.close()
+            if datadir.offline is None:  # what is stuck in one may still use its descriptors
+                datadir.close()
+
+    def on_stuck(self, stuck: Callable[[list[Call]], None]) -> None:
+        """Have `stuck` called with calls that a datadir does not answer, given up or not yet; see Health."""
+        self._stuck = stuck
+
+    def _calls_stuck(self, calls: list[Call]) -> None:
+        threads = {call.thread for call in calls if call.given_up}
+        self._namespace.replace(threads)
+        self._sealer.replace(threads)
+        self._stuck(calls)
+
+    def _health_changed(self, datadir: Datadir) -> None:
+        if datadir.offline is None:
+            self._sealer.resume(datadir)
+        self._changed("", False)
 
     def on_change(self, changed: ImageChanged) -> bool:
         """Have `changed` called when an image changes otherwise than by a call: its seal sets mode and times.
@@ -162,6 +186,10 @@ class ImageStore:
     def online_datadirs(self) -> list[Datadir]:
         """The datadirs that can be asked, highest priority first."""
         return self._namespace.online()
+
+    def answers(self, ask: Callable[[Datadir], T]) -> list[T]:
+        """What each datadir that is online answers; one that turns out to be lost is passed over."""
+        return self._namespace.answers(ask)
 
     def names(self) -> Iterator[str]:
         """The name of every image, once."""
@@ -278,6 +306,11 @@ class ImageStore:
             self._namespace.let_go(image)
         else:
             self._sealer.seal(image)
+
+    def discard(self, handle: Handle) -> None:
+        """Remove a new image through the handle that created it, unless it has bytes by now."""
+        if handle.image.is_new and not handle.status().st_size:
+            self._namespace.discard(handle.image)
 
     def write(self, handle: Handle, data: bytes | memoryview, offset: int) -> int:
         """Write at `offset`; gives the bytes written. An image that finds no room is relocated first.
@@ -530,7 +563,8 @@ def _open_datadirs(config: Config) -> list[Datadir]:
     datadirs: list[Datadir] = []
     try:
         for datadir_config in sorted(config.datadirs, key=lambda d: -d.priority):
-            datadirs.append(Datadir(datadir_config, config.file_perm))
+            kind = TimedDatadir if config.timeout_seconds else Datadir
+            datadirs.append(kind(datadir_config, config.file_perm))
     except BaseException:
         for datadir in datadirs:
             datadir.close()
