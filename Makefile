@@ -18,7 +18,7 @@ format: setup
 
 bench: # imgfs beside its peers, below 10 minutes; make bench ARGS=--help
 	tools/setup.sh bench
-	$(PYTHON_BIN)/python -m benchmarks $(ARGS)
+	$(PYTHON_BIN)/python -m benchmarks --output docs/benchmarks --readme README.md $(ARGS)
 
 setup:
 	tools/setup.sh test

@@ -11,7 +11,7 @@ Where to look, and where to add something:
     machine.py       what it ran on, and the versions of everything
     loopback.py      a peer: the smallest loopback on fusepy and on mfusepy
     adding.py        how an image is added so that its digests are known
-    fio.py, memory.py  tools of the workloads
+    programs.py, fio.py, memory.py  tools of the workloads
 
 An absolute time means little on a shared machine. So the contenders take turns: every round measures each of them
 once, on a fresh mount and in fresh directories, and what is compared are the ratios within a round.

@@ -7,13 +7,14 @@ DIRECTORY`), which measures itself, so that starting Python does not count.
 import hashlib
 import os
 import queue
-import subprocess
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+
+from benchmarks import programs
 
 Add = Callable[[Path, Path], float]
 
@@ -25,7 +26,7 @@ QUEUED_BLOCKS = 64
 def by_cp(source: Path, directory: Path) -> float:
     """cp into an imgfs, until the digest can be read."""
     start = time.perf_counter()
-    subprocess.run(["cp", source, directory / NAME], check=True)
+    programs.run("cp", source, directory / NAME)
     os.getxattr(directory / NAME, "user.imgfs.os_hash_value")
     return time.perf_counter() - start
 
@@ -41,8 +42,7 @@ def by_bare_threads(source: Path, directory: Path) -> float:
 
 
 def _in_a_process(how: str, source: Path, directory: Path) -> float:
-    command = [sys.executable, "-m", "benchmarks.adding", how, str(source), str(directory)]
-    return float(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+    return float(programs.run(sys.executable, "-m", "benchmarks.adding", how, source, directory))
 
 
 def add_with_glance_store(source: Path, directory: Path) -> float:

@@ -9,6 +9,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import adding
+from imgfs.mount_table import mounted_at
 
 MOUNT_SECONDS = 30.0
 
@@ -76,18 +78,16 @@ def loopback(module: str) -> Command:
     return command
 
 
-BY_CP = adding.by_cp
 CONTENDERS = (
     Contender("bare", "the bare directory"),
-    Contender("imgfs", "imgfs, kernel transport, passthrough", 2, imgfs("--transport", "kernel"), BY_CP),
-    Contender(
+    Contender("imgfs", "imgfs, kernel transport, passthrough", 2, imgfs("--transport", "kernel"), adding.by_cp),
+    Contender(  # adds as the one before does
         "imgfs-no-passthrough",
         "imgfs, kernel transport, every read by the daemon",
         2,
         imgfs("--transport", "kernel", "--no-passthrough"),
-        BY_CP,
     ),
-    Contender("imgfs-fusepy", "imgfs, fusepy transport", 2, imgfs("--transport", "fusepy"), BY_CP),
+    Contender("imgfs-fusepy", "imgfs, fusepy transport", 2, imgfs("--transport", "fusepy"), adding.by_cp),
     Contender("mergerfs", "mergerfs (C++), as Debian has it", 2, mergerfs, needs="mergerfs"),
     Contender("fusepy", "a loopback on fusepy (Python, libfuse 2)", 1, loopback("fusepy")),
     Contender("mfusepy", "a loopback on mfusepy (Python, libfuse 3)", 1, loopback("mfusepy")),
@@ -124,11 +124,28 @@ def _wait_until_mounted(mountpoint: Path, daemon: subprocess.Popen[bytes], comma
 
 
 def _end(mountpoint: Path, daemon: subprocess.Popen[bytes]) -> None:
-    """Unmount, lazily where something still uses it, and wait for the daemon."""
-    if os.path.ismount(mountpoint) and subprocess.run(["umount", mountpoint], check=False).returncode != 0:
-        subprocess.run(["umount", "--lazy", mountpoint], check=False)
+    """Unmount and wait for the daemon; one that has not mounted yet, or does not end, is ended. Nothing stays."""
+    with _uninterrupted():
+        if mounted_at(str(mountpoint)) is None or not _unmount(mountpoint):
+            daemon.terminate()
+        try:
+            daemon.wait(MOUNT_SECONDS)
+        except subprocess.TimeoutExpired:
+            daemon.kill()
+            daemon.wait()
+        if mounted_at(str(mountpoint)) is not None:
+            _unmount(mountpoint, "--lazy")
+
+
+def _unmount(mountpoint: Path, *options: str) -> bool:
+    return subprocess.run(["umount", *options, mountpoint], check=False).returncode == 0
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until the block is done."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
-        daemon.wait(MOUNT_SECONDS)
-    except subprocess.TimeoutExpired:
-        daemon.kill()
-        daemon.wait()
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -12,6 +12,16 @@ from typing import Any, NamedTuple
 
 UNITS_PER_SECOND = ("MiB/s", "thousand/s")  # of these more is better, of all others less
 
+HEADLINES = (  # the rows that an overview shows: workload, start of the row's name
+    ("read", "sequential read"),
+    ("read", "random"),
+    ("write", "write"),
+    ("create", ""),
+    ("names-1000", "stat"),
+    ("names-1000", "ls -l"),
+    ("sparse", ""),
+)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -50,10 +60,8 @@ class Results:
 
     facts: dict[str, str] = field(default_factory=dict)
     contenders: dict[str, str] = field(default_factory=dict)  # name -> summary
-    references: dict[str, str] = field(
-        default_factory=dict
-    )  # workload -> the contender that others are compared with
     workloads: dict[str, str] = field(default_factory=dict)  # name -> summary
+    references: dict[str, str] = field(default_factory=dict)  # workload -> the contender to compare others with
     rows: dict[str, dict[Row, Figures]] = field(default_factory=dict)  # workload -> its rows
 
     def add(self, workload: str, contender: str, measured: dict[Row, float]) -> None:
@@ -70,6 +78,15 @@ class Results:
             return None
         pairs = zip(figures[contender], reference, strict=False)
         return spread([theirs / its if row.is_rate else its / theirs for its, theirs in pairs])
+
+    def headlines(self) -> list[tuple[str, Row]]:
+        """The rows that an overview shows, with their workloads; as far as they were measured."""
+        return [
+            (workload, row)
+            for workload, start in HEADLINES
+            for row in self.rows.get(workload, {})
+            if row.name.startswith(start)
+        ]
 
     def curve(self, name: str, contender: str) -> tuple[list[float], list[Spread]]:
         """The points of a curve, in order: where, and how much."""
@@ -89,7 +106,7 @@ def slope(xs: list[float], ys: list[float]) -> float:
 
 
 def save(results: Results, path: Path) -> None:
-    """Write results.json."""
+    """Write results.json, with five digits of each figure."""
     raw = {**vars(results), "rows": {name: _rows_as_list(rows) for name, rows in results.rows.items()}}
     path.write_text(json.dumps(raw, indent=1) + "\n")
 

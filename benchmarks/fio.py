@@ -1,9 +1,10 @@
 """Reads and writes by fio(1): an interpreter would be slower than what is measured."""
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
+
+from benchmarks import programs
 
 # What is in the page cache stays there, and the kernel is told nothing of what will be read.
 WARM = ("--invalidate=0", "--fadvise_hint=0")
@@ -37,6 +38,5 @@ def _run(options: list[str], paths: list[Path]) -> list[dict[str, Any]]:
     command = ["fio", "--output-format=json", "--name=global", "--ioengine=psync", *options]
     for number, path in enumerate(paths):
         command += [f"--name=job{number}", f"--filename={path}"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
-    jobs: list[dict[str, Any]] = json.loads(done.stdout)["jobs"]
+    jobs: list[dict[str, Any]] = json.loads(programs.run(*command))["jobs"]
     return jobs

@@ -1,4 +1,4 @@
-"""Who takes their turn when: round after round, in each round workload after workload, in each workload everybody.
+"""Who takes their turn when: workload after workload, in each everybody, and the same again for the next round.
 
 Each workload wants a number of rounds. They are given until the time is up: a turn that would not end in time, judged
 by the longest one of its workload, is left out, but for the first of each. Everything lies in one directory that is
@@ -96,10 +96,9 @@ class Turn:
 
 
 def turns(workloads: list[Workload], rounds: int | None) -> list[Turn]:
-    """All turns, round by round, so that the rounds of a workload are spread over the whole run."""
-    wanted = {workload.name: rounds or workload.rounds for workload in workloads}
-    most = max(wanted.values(), default=0)
-    return [Turn(number, each) for number in range(most) for each in workloads if number < wanted[each.name]]
+    """All turns, the rounds of each workload spread over the whole run; when time is up, everybody lacks the last."""
+    found = [Turn(number, each) for each in workloads for number in range(rounds or each.rounds)]
+    return sorted(found, key=lambda turn: (turn.number + 1) / (rounds or turn.workload.rounds))
 
 
 class Run:
@@ -118,7 +117,7 @@ class Run:
         planned = turns(workloads, rounds)
         with _scratch(where) as base:
             for number, turn in enumerate(planned):
-                if time.monotonic() + self._cost.get(turn.workload.name, 0) > self._deadline:
+                if turn.number and time.monotonic() + self._cost[turn.workload.name] > self._deadline:
                     self._say(f"no time left for round {turn.number + 1} of {turn.workload.name}")
                     continue
                 self._take(turn, base)

@@ -1,12 +1,11 @@
 """Workloads that read images at rest: in order, at random, several at once, sparse ones by qemu-img."""
 
 import os
-import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import fio
+from benchmarks import fio, programs
 from benchmarks.figures import Row
 from benchmarks.measuring import Seat, Workload, share
 from benchmarks.memory import MIB, warm, write_image
@@ -16,8 +15,8 @@ from benchmarks.memory import MIB, warm, write_image
 class Read(Workload):
     """One process reads one image."""
 
-    size_mib: int = 1024
-    random_seconds: float = 1.0
+    size_mib: int = 512
+    random_seconds: float = 0.5
     name = "read"
 
     @property
@@ -48,7 +47,7 @@ class Read(Workload):
 class ReadAtOnce(Workload):
     """Several processes read, each its own image."""
 
-    size_mib: int = 128
+    size_mib: int = 64
     processes: tuple[int, ...] = (1, 2, 4, 8)
     name = "readers"
     rounds = 3
@@ -102,5 +101,5 @@ class ConvertSparse(Workload):
         with seat.shared_images() as mounted:
             start = time.perf_counter()
             source, target = mounted.directory / "sparse", seat.scratch / "converted"
-            subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", source, target], check=True)
+            programs.run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", source, target)
             return {Row("convert a sparse image", "s"): time.perf_counter() - start}

@@ -25,7 +25,7 @@ TINY: tuple[Workload, ...] = (
     Write(size_mib=2),
     CreateAndUnlink(count=10),
     Names(10),
-    Names(30),
+    Names(1_000),
     ReadAtOnce(size_mib=2, processes=(1, 2)),
     WriteAtOnce(size_mib=2, processes=(1, 2)),
     ConvertSparse(size_mib=64, data_mib=2),
