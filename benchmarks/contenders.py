@@ -107,20 +107,27 @@ def serving(contender: Contender, directories: list[Path], mountpoint: Path) -> 
     environment = os.environ | {"FUSE_LIBRARY_NAME": "fuse3"}  # mfusepy takes libfuse 2 else
     started = time.perf_counter()
     # In a session of its own: Ctrl-C is for the benchmark, which unmounts in order.
-    daemon = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+    log = mountpoint.with_suffix(".log")
+    with log.open("wb") as file:
+        daemon = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+        )
     try:
-        _wait_until_mounted(mountpoint, daemon, command)
+        if not _answers(mountpoint, daemon):
+            raise SystemExit(f"benchmarks: nothing is mounted by: {shlex.join(command)}\n{log.read_text()}".rstrip())
         yield Mounted(mountpoint, daemon.pid, started)
     finally:
         _end(mountpoint, daemon)
 
 
-def _wait_until_mounted(mountpoint: Path, daemon: subprocess.Popen[bytes], command: list[str]) -> None:
+def _answers(mountpoint: Path, daemon: subprocess.Popen[bytes]) -> bool:
+    """Wait until something is mounted; whether that came."""
     deadline = time.monotonic() + MOUNT_SECONDS
     while not os.path.ismount(mountpoint):
         if daemon.poll() is not None or time.monotonic() > deadline:
-            raise SystemExit(f"benchmarks: nothing is mounted by: {shlex.join(command)}")
+            return False
         time.sleep(0.002)
+    return True
 
 
 def _end(mountpoint: Path, daemon: subprocess.Popen[bytes]) -> None:

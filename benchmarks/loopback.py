@@ -15,7 +15,7 @@ from typing import Any
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "fusepy": {"allow_other": True, "big_writes": True},  # without big_writes, libfuse 2 writes pages one by one
-    "mfusepy": {"allow_other": True, "max_threads": 10},  # the default of libfuse 3, which 3.14 does not find itself
+    "mfusepy": {"allow_other": True},
 }
 _STAT = ("st_mode", "st_ino", "st_nlink", "st_uid", "st_gid", "st_size", "st_blocks")
 _STATFS = ("f_bsize", "f_frsize", "f_blocks", "f_bfree", "f_bavail", "f_files", "f_ffree", "f_favail", "f_namemax")

@@ -25,19 +25,20 @@ COLOURS = {
     "glance_store": "#dc5050",
 }
 OTHER_COLOUR = "#a3a300"
-# The curves whose growth is looked at, and what they show.
-GROWING = {
+# The curves, and what they show.
+_BY_IMAGES = {
     "start": "start of the mount, ms, by images",
     "stat of a name": "stat of a name, µs, by images",
     "ls -l": "ls -l, ms, by images",
     "resident memory": "resident memory, MiB, by images",
-    "adding": "adding with digests, s, by MiB",
 }
+_BY_SIZE = {"adding": "adding with digests, s, by MiB"}
+GROWING = _BY_IMAGES | _BY_SIZE
 _AT_ONCE = {"readers": "MiB/s, by readers at once", "writers": "MiB/s, by writers at once"}
 _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "imgfs",  # ids in the file depend on nothing but its content
     "svg.fonttype": "none",
-    "font.family": "sans-serif",
+    "font.family": "DejaVu Sans",
     "font.size": 9,
     "legend.frameon": False,
     "axes.grid": True,
@@ -63,7 +64,8 @@ def draw_all(results: Results, directory: Path) -> list[str]:
     """Draw what there are figures for; gives the names of the plots."""
     draw: dict[str, Callable[[Results], Figure | None]] = {
         "overview": overview,
-        "growth": lambda results: _curves(results, GROWING, log=True),
+        "images": lambda results: _curves(results, _BY_IMAGES, log=True),
+        "adding": lambda results: _curves(results, _BY_SIZE, log=True),
         "at-once": lambda results: _curves(results, _AT_ONCE, log=False),
     }
     drawn = []
@@ -97,9 +99,7 @@ def overview(results: Results) -> Figure | None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_yticks(range(len(headlines)), [row.name for _, row in headlines])
     axes.invert_yaxis()
-    axes.set_xlabel(
-        "times the bare directory's time (1: as fast; further left is better); bars: fastest to slowest round"
-    )
+    axes.set_xlabel("times the bare directory's time; further left is better; bars: fastest to slowest round")
     figure.legend(loc="outside upper center", ncols=len(names))
     return figure
 
@@ -109,9 +109,11 @@ def _curves(results: Results, titles: dict[str, str], log: bool) -> Figure | Non
     curves = [name for name in titles if any(len(results.curve(name, c)[0]) > 1 for c in results.contenders)]
     if not curves:
         return None
-    columns = 2
+    columns = min(len(curves), 2)
     lines = -(-len(curves) // columns)
-    figure, grid = plt.subplots(lines, columns, figsize=(9, 3.4 * lines), layout="constrained", squeeze=False)
+    figure, grid = plt.subplots(
+        lines, columns, figsize=(5 * columns, 3.2 * lines), layout="constrained", squeeze=False
+    )
     for axes in grid.flat[len(curves) :]:
         axes.set_axis_off()
     for name, axes in zip(curves, grid.flat, strict=False):
@@ -127,14 +129,15 @@ def _panel(results: Results, curve: str, axes: Axes, log: bool) -> None:
         if len(at) < 2:
             continue
         middles = [value.median for value in found]
-        label = f"{name}, slope {slope(at, middles):.2f}" if log else name
+        label = f"{name} {slope(at, middles):.2f}" if log else name
         axes.errorbar(at, middles, yerr=_bars(found), label=label, marker="o", markersize=4, color=_colour(name))
     axes.set_yscale("log")
     axes.set_xscale("log", base=10 if log else 2)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axis.set_minor_locator(NullLocator())
-    axes.legend(fontsize=7)
+    title = "slopes" if log else None
+    axes.legend(fontsize=7, title=title, title_fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _bars(values: list[Spread]) -> list[list[float]]:
