@@ -16,9 +16,9 @@ format: setup
 	$(PYTHON_BIN)/ruff check --fix .
 	$(PYTHON_BIN)/ruff format .
 
-bench: # imgfs beside its peers, below 10 minutes; make bench ARGS=--help
+bench: # imgfs beside its peers, below 10 minutes; with ARGS (--help) only into build/benchmarks
 	tools/setup.sh bench
-	$(PYTHON_BIN)/python -m benchmarks --output docs/benchmarks --readme README.md $(ARGS)
+	$(PYTHON_BIN)/python -m benchmarks $(or $(ARGS),--output docs/benchmarks --readme README.md)
 
 setup:
 	tools/setup.sh test

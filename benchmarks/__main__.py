@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say("interrupted; nothing is left mounted, and no report was written")
         return 1
-    return 0
+    return 1 if "failed" in results.facts else 0
 
 
 def _measure(parsed: argparse.Namespace) -> figures.Results:
@@ -40,8 +40,13 @@ def _measure(parsed: argparse.Namespace) -> figures.Results:
     known = TINY if parsed.tiny else WORKLOADS
     workloads = [workload for workload in known if workload.name in (parsed.only or [w.name for w in known])]
     parsed.where.mkdir(parents=True, exist_ok=True)
-    results = Run(present, parsed.minutes * 60, _say).measure(workloads, parsed.rounds, parsed.where.resolve())
+    run = Run(present, parsed.minutes * 60, _say)
+    results = run.measure(workloads, parsed.rounds, parsed.where.resolve())
     results.facts = machine.facts(parsed.where)
+    if run.failed:
+        results.facts["failed"] = ", ".join(
+            f"{contender} in {workload}" for workload, contender in sorted(run.failed)
+        )
     return results
 
 

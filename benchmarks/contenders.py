@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import adding
+from benchmarks.programs import Failed
 from imgfs.mount_table import mounted_at
 
 MOUNT_SECONDS = 30.0
@@ -114,7 +115,7 @@ def serving(contender: Contender, directories: list[Path], mountpoint: Path) -> 
         )
     try:
         if not _answers(mountpoint, daemon):
-            raise SystemExit(f"benchmarks: nothing is mounted by: {shlex.join(command)}\n{log.read_text()}".rstrip())
+            raise Failed(f"nothing is mounted by {shlex.join(command)}: {log.read_text().strip()}")
         yield Mounted(mountpoint, daemon.pid, started)
     finally:
         _end(mountpoint, daemon)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from benchmarks.contenders import Contender, Mounted, serving
 from benchmarks.figures import Results, Row
+from benchmarks.programs import Failed
 
 Say = Callable[[str], None]
 
@@ -110,6 +111,7 @@ class Run:
         self._say = say
         self._started = time.monotonic()
         self._deadline = self._started + seconds
+        self.failed: set[tuple[str, str]] = set()  # workload, contender
         self._cost: dict[str, float] = {}  # workload -> seconds of its longest turn
 
     def measure(self, workloads: list[Workload], rounds: int | None, where: Path) -> Results:
@@ -137,9 +139,18 @@ class Run:
         started = time.monotonic()
         found = [contender for contender in self._contenders if workload.is_for(contender)]
         for contender in found if turn.number % 2 == 0 else reversed(found):
-            measured = _measure_once(workload, contender, shared, base)
-            self.results.add(workload.name, contender.name, measured)
+            self._measure(workload, contender, shared, base)
         self._cost[workload.name] = max(time.monotonic() - started, self._cost.get(workload.name, 0))
+
+    def _measure(self, workload: Workload, contender: Contender, shared: Path, base: Path) -> None:
+        """Have one contender do the work; one that fails sits out the rest, so that rounds stay comparable."""
+        if (workload.name, contender.name) in self.failed:
+            return
+        try:
+            self.results.add(workload.name, contender.name, _measure_once(workload, contender, shared, base))
+        except (Failed, OSError) as error:
+            self.failed.add((workload.name, contender.name))
+            self._say(f"{contender.name} is left out of {workload.name} from here on: {error}")
 
     def _report(self, done: int, planned: list[Turn]) -> None:
         turn = planned[done - 1]

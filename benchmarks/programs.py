@@ -1,25 +1,32 @@
-"""Client programs at work, ended in order when the benchmarks are interrupted."""
+"""Client programs at work, ended in order when the benchmarks are interrupted or nothing comes of them."""
 
 import subprocess
 
+LONGEST_SECONDS = 180.0
 END_SECONDS = 10.0
 
 
-def run(*command: object) -> str:
-    """What a program prints; it must succeed.
+class Failed(Exception):
+    """A contender did not do its work; the text says what happened."""
 
-    An interrupted one is asked to end: subprocess.run would kill it, and the processes that fio(1) has started for
-    its jobs would stay.
+
+def run(*command: object) -> str:
+    """What a program prints. Raises Failed where it does not succeed.
+
+    It is asked to end, not killed as by subprocess.run: the processes that fio(1) starts for its jobs would stay.
     """
     words = [str(word) for word in command]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
         try:
-            printed, _ = process.communicate()
+            printed, _ = process.communicate(timeout=LONGEST_SECONDS)
+        except subprocess.TimeoutExpired:
+            _end(process)
+            raise Failed(f"{' '.join(words)} took longer than {LONGEST_SECONDS:.0f} s") from None
         except BaseException:
             _end(process)
             raise
     if process.returncode != 0:
-        raise SystemExit(f"benchmarks: {' '.join(words)} ended with {process.returncode}")
+        raise Failed(f"{' '.join(words)} ended with {process.returncode}")
     return printed
 
 

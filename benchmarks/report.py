@@ -1,5 +1,6 @@
 """What a run has found, for people: results.md, results.json beside it, the part of README.md between its markers."""
 
+import os
 from pathlib import Path
 
 from benchmarks import figures, plots
@@ -24,7 +25,7 @@ def update_readme(results: Results, readme: Path, directory: Path) -> None:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise SystemExit(f"benchmarks: {readme} has no {BEGIN} ... {END}; add them where the overview should be")
-    inside = "\n".join(_overview(results, directory.resolve().relative_to(readme.resolve().parent)))
+    inside = "\n".join(_overview(results, os.path.relpath(directory, readme.parent)))
     readme.write_text(f"{before}{BEGIN}\n{inside}\n{END}{after}")
 
 
@@ -94,7 +95,7 @@ def _slopes(results: Results, curve: str, names: list[str]) -> list[str]:
     return [f"{figures.slope(at, [y.median for y in ys]):.2f}" if len(at) > 1 else "" for at, ys in points]
 
 
-def _overview(results: Results, plots_at: Path) -> list[str]:
+def _overview(results: Results, plots_at: str) -> list[str]:
     names = [name for name in _IN_README if name in results.contenders]
     facts = results.facts
     lines = [f"![Times the bare directory's time]({plots_at}/overview.svg)", ""]

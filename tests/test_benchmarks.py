@@ -135,6 +135,26 @@ def test_rounds_after_the_first_are_given_while_there_is_time(tmp_path: Path, se
     assert sum(line.startswith("no time left") for line in said) == 5 - rounds
 
 
+class Mounting(Nothing):
+    """A workload that takes no time, on a mount."""
+
+    rounds = 2
+
+    def measure(self, seat: Seat) -> dict[Row, float]:
+        with seat.empty():
+            return {FASTER: 1.0}
+
+
+def test_contender_that_fails_is_left_out_and_named_and_the_others_go_on(tmp_path: Path) -> None:
+    said: list[str] = []
+    broken = contenders.Contender("broken", "mounts nothing", 1, lambda _directories, _mountpoint: ["false"])
+    measuring = Run([broken, contenders.CONTENDERS[0]], 1000, said.append)
+    assert measuring.measure([Mounting()], None, tmp_path).rows["nothing"][FASTER] == {"bare": [1.0, 1.0]}
+    assert measuring.failed == {("nothing", "broken")}
+    assert said[0].startswith("broken is left out of nothing from here on: nothing is mounted by false")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_ratio_is_times_the_time_of_the_reference_round_by_round() -> None:
     results = Results(references={"w": "bare"})
     for bare, imgfs in ((2.0, 4.0), (1.0, 1.5), (1.0, 3.0)):

@@ -102,7 +102,7 @@ install_package() { # once, and again when pyproject.toml has changed
     case $purpose in
         run) what='.[inotify]' ;;
         bench) what='.[inotify,bench]' ;;
-        test) what='.[inotify,bench,test,check]' ;;
+        test) what='.[inotify,test,check]' ;;
     esac
     done_mark=.venv/installed-$purpose
     if [ ! -e "$done_mark" ] || [ pyproject.toml -nt "$done_mark" ]; then
