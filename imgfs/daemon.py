@@ -57,6 +57,7 @@ def serve(request: MountRequest, ready: Callable[[], None]) -> None:
     transport = choose_transport(request.transport, request.passthrough)
     with ImageStore(request.store_config) as store:
         operations = ImageOperations(store, transport.caller, transport.interrupted, transport.describe)
+        store.give_up_relocations_when(transport.abandoned)
 
         gc.freeze()  # what there is now stays: no collection need look at it again
 

@@ -24,7 +24,7 @@ from typing import cast
 
 from imgfs import linux, mount_table, names
 from imgfs.config import DatadirConfig, Mode
-from imgfs.errors import DatadirError, ImageNotFound, InvalidName, WriteDenied
+from imgfs.errors import DatadirError, DatadirOffline, ImageNotFound, InvalidName, WriteDenied
 from imgfs.xattrs import NativeXattrs, ReadOnlyXattrs, SidecarXattrs, Xattrs, proc_path, read_regular, supported
 
 log = logging.getLogger(__name__)
@@ -33,6 +33,8 @@ FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """What a datadir says when it can't take an image for want of room."""
 UNTOLD_BYTES = 1 << 50
 """What counts as free where a filesystem does not tell its size at all (ramfs, some network filesystems)."""
+MOST_IDENTITIES = 10_000
+READ_ONLY_SECONDS = 30.0  # how long a datadir that answered EROFS is not tried again
 LOCK_WAIT_SECONDS = 10.0
 _LOCK_RETRY_SECONDS = 0.05
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -101,6 +103,9 @@ class Datadir:
         self.path = config.path
         self.priority = config.priority
         self.tag = 1
+        self.identities: dict[int, int] = {}  # of relocated images: inode number -> what they were known by before
+        self._read_only_until = 0.0  # on the monotonic clock: no new images until then; 0: it is not read-only
+        self.offline: str | None = None  # why it counts as offline; None: it is online
         self._open()
         try:
             self.device = os.fstat(self.fd).st_dev
@@ -115,10 +120,43 @@ class Datadir:
     def __repr__(self) -> str:
         return f"Datadir({self.path!r}, priority={self.priority}, mode={self.config.mode})"
 
+    # --- online or not ---
+
+    def go_offline(self, reason: str) -> None:
+        """Pass it over from now on; what is known to be here gives DatadirOffline. `reason` is for an operator."""
+        if self.offline is None:
+            log.error("datadir %s is offline: %s", self.path, reason)
+        self.offline = reason
+
+    def come_back(self) -> None:
+        """Use it again."""
+        if self.offline is not None:
+            log.warning("datadir %s is online again", self.path)
+        self.offline = None
+
+    def require_online(self) -> None:
+        """Raise DatadirOffline where it is offline."""
+        if self.offline is not None:
+            raise DatadirOffline(f"datadir {self.path} is offline: {self.offline}")
+
+    # --- what may be done ---
+
     @property
     def takes_images(self) -> bool:
         """Whether new images may be placed here."""
-        return self.config.mode is Mode.READ_WRITE
+        online = self.config.mode is Mode.READ_WRITE and self.offline is None
+        return online and (not self._read_only_until or time.monotonic() >= self._read_only_until)
+
+    def _turned_read_only(self, seconds: float) -> None:
+        """The filesystem below refuses changes: for so long, nobody need try again."""
+        if not self._read_only_until:
+            log.warning("datadir %s is on a read-only filesystem: new images go elsewhere", self.path)
+        self._read_only_until = time.monotonic() + seconds
+
+    def _turned_writable(self) -> None:
+        if self._read_only_until and time.monotonic() >= self._read_only_until:
+            log.info("datadir %s is used for new images again", self.path)
+            self._read_only_until = 0.0
 
     @property
     def writable(self) -> bool:
@@ -136,6 +174,11 @@ class Datadir:
             fd = self.__dict__.pop(attribute, None)
             if fd is not None:
                 os.close(fd)
+
+    @property
+    def own_fd(self) -> int:
+        """The descriptor of imgfs's own room here; there is one wherever images may be changed."""
+        return cast(int, self._own_fd)
 
     # --- files ---
 
@@ -178,8 +221,20 @@ class Datadir:
 
     def create(self, name: str, mode: int) -> int:
         """A new, empty file, open for reading and writing (O_EXCL: the name must be free)."""
+        return self._create(name, mode, self.fd)
+
+    def create_own(self, name: str) -> int:
+        """The same in imgfs's own room."""
+        return self._create(name, 0o600, self.own_fd)
+
+    def _create(self, name: str, mode: int, directory_fd: int) -> int:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        return os.open(name, flags, mode, dir_fd=self.fd)
+        try:
+            return os.open(name, flags, mode, dir_fd=directory_fd)
+        except OSError as error:
+            if error.errno == errno.EROFS:
+                self._turned_read_only(READ_ONLY_SECONDS)
+            raise
 
     def unlink(self, name: str) -> None:
         """Remove a name; what is kept for the inode goes with it."""
@@ -212,6 +267,16 @@ class Datadir:
         mixed = hashlib.blake2b(ino.to_bytes(8, "little"), digest_size=6).digest()
         return self.tag << 48 | int.from_bytes(mixed, "little")
 
+    def identity(self, ino: int) -> int:
+        """What tells images apart for whoever keeps something about one: it stays when an image is relocated."""
+        return self.identities.get(ino) or self.inode_number(ino)
+
+    def take_over(self, ino: int, identity: int) -> None:
+        """A file here is from now on the image that had this identity elsewhere."""
+        self.identities[ino] = identity
+        while len(self.identities) > MOST_IDENTITIES:
+            self.identities.pop(next(iter(self.identities)))
+
     # --- the filesystem below ---
 
     def filesystem(self) -> os.statvfs_result:
@@ -226,6 +291,10 @@ class Datadir:
     def free_bytes(self) -> int:
         """What an unprivileged user may still write, in bytes (Glance behaviour 6)."""
         numbers = self.filesystem()
+        if self.writable and numbers.f_flag & os.ST_RDONLY:
+            self._turned_read_only(0)
+            return 0
+        self._turned_writable()
         if numbers.f_blocks == 0:
             return UNTOLD_BYTES
         return max(0, numbers.f_bavail * numbers.f_frsize)

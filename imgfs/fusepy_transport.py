@@ -15,6 +15,7 @@ from typing import Any
 
 from imgfs.errors import MountError
 from imgfs.fuse_ops import ImageOperations
+from imgfs.linux import is_dying
 from imgfs.mounts import FSTYPE
 
 NAME = "fusepy"
@@ -66,9 +67,20 @@ class FusepyTransport:
 
     def interrupted(self) -> bool:
         """Whether they were interrupted meanwhile (libfuse's `intr`), or the mount is ending: nobody reads then."""
+        return bool(self._fuse._libfuse.fuse_interrupted()) or self._ending()
+
+    def abandoned(self) -> bool:
+        """Whether nobody waits for an answer: the mount is ending, or the signal ends whoever made the request.
+
+        In a thread that works on no request libfuse has nothing to say, and must not be asked.
+        """
+        if not self._fuse._libfuse.fuse_get_context().contents.fuse:
+            return False
+        return self._ending() or (self.interrupted() and is_dying(self.caller()[2]))
+
+    def _ending(self) -> bool:
         library = self._fuse._libfuse
-        session = ctypes.c_void_p(library.fuse_get_context().contents.fuse)
-        return bool(library.fuse_interrupted() or library.fuse_exited(session))
+        return bool(library.fuse_exited(ctypes.c_void_p(library.fuse_get_context().contents.fuse)))
 
     def describe(self) -> str:
         """What `user.imgfs.transport` shows."""
