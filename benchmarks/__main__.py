@@ -4,7 +4,6 @@ import argparse
 import os
 import signal
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -79,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--minutes", type=float, default=MINUTES,
                         help="when rounds after the first are left out (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--where", type=Path, default=Path(tempfile.gettempdir()),
+    parser.add_argument("--where", type=Path, default=Path("/var/tmp"),
                         help="a directory on the filesystem to measure on (default: %(default)s)")  # fmt: skip
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks"),
                         help="where results.md, results.json and the plots go (default: %(default)s)")  # fmt: skip

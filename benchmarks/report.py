@@ -106,7 +106,8 @@ def _overview(results: Results, plots_at: str) -> list[str]:
         [row.name, *(_short(results.ratio(workload, row, name)) for name in names)]
         for workload, row in results.headlines()
     ]
-    return [*lines, *_table(["", *names], cells), *_adding(results)]
+    who = "; ".join(f"*{name}*: {results.contenders[name]}" for name in names)
+    return [*lines, *_table(["", *names], cells), "", f"{who}.", *_adding(results)]
 
 
 def _adding(results: Results) -> list[str]:
