@@ -20,6 +20,7 @@ class Add(Workload):
 
     sizes_mib: tuple[int, ...] = (16, 128, 1024)
     name = "add"
+    rounds = 4
     reference = "limit"
     only_adding = True
 
