@@ -80,7 +80,7 @@ class ReadAtOnce(Workload):
 class ConvertSparse(Workload):
     """qemu-img reads an image that is mostly hole."""
 
-    size_mib: int = 2048
+    size_mib: int = 1024
     data_mib: int = 64
     name = "sparse"
     rounds = 3
