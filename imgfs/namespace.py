@@ -33,10 +33,14 @@ _PASSED_OVER = FULL_ERRNOS | {errno.EROFS}
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Whom a new image belongs to; -1: whomever the datadir gives it to."""
+    """Whom a new image belongs to; -1: whomever the datadir gives it to.
+
+    `by_default`: the group gives way to that of a set-gid datadir, as for any new file (inode(7)).
+    """
 
     uid: int = -1
     gid: int = -1
+    by_default: bool = False
 
 
 NOBODY_IN_PARTICULAR = Owner()
@@ -309,6 +313,7 @@ class Namespace:
     ) -> tuple[Datadir, int, os.stat_result]:
         """A new file in the first datadir that takes it, and its fstat(2) as it was created."""
         for datadir in datadirs:
+            self._settle_elsewhere(name, datadir)
             try:
                 return datadir, *_create_file(datadir, name, mode, owner)
             except FileExistsError:
@@ -428,6 +433,12 @@ class Namespace:
             first.datadir.exchange(one, other)
             first.name, second.name = other, one
 
+    def sync(self) -> None:
+        """Put on stable storage which names there are."""
+        for datadir in self.online():
+            if datadir.writable:
+                datadir.sync()
+
     def _rename(self, image: Image, old: str, new: str, target: Image | None) -> None:
         here = target is not None and target.datadir is image.datadir
         if not here and image.datadir.has_any(new):
@@ -439,6 +450,7 @@ class Namespace:
         if target is not None:
             # What replaces an image must be on stable storage before that is gone.
             os.fsync(image.open_for_read())
+        self._settle_elsewhere(new, image.datadir)
         if target is not None and not here:
             self._replace_elsewhere(image, old, new, target)
         else:
@@ -446,6 +458,12 @@ class Namespace:
             if target is not None:
                 self._forget(target, new)
         image.name = new
+
+    def _settle_elsewhere(self, name: str, datadir: Datadir) -> None:
+        """Before a name appears in a datadir: an image that had it elsewhere must not come back by a power cut."""
+        for other in self.online():
+            if other is not datadir:
+                other.settle(name)
 
     def _replace_elsewhere(self, image: Image, old: str, new: str, target: Image) -> None:
         """Two directories can't change in one step: a note on stable storage says which copy gives way."""
@@ -473,7 +491,12 @@ class Namespace:
         self._removed(image)
 
     def _finish_replacements(self) -> None:
-        """Complete what a crash cut short: the old copy goes if another has its name."""
+        """Complete what a crash cut short: the old copy goes if another has its name.
+
+        What an earlier daemon did is made durable first: its end may have left it in the caches of the system.
+        """
+        for datadir in self.online():
+            _sync_if_possible(datadir)
         for datadir in self.online():
             finish_arrivals(datadir, self.datadirs)
             for note in datadir.notes_of_replaced():
@@ -484,7 +507,16 @@ class Namespace:
                     if renamed and datadir.status(note.name).st_ino == note.ino:
                         log.warning("the replacement of image %r was cut short; it is completed", note.name)
                         datadir.unlink(note.name)
+                        datadir.sync()
                 datadir.forget_replaced(note)
+
+
+def _sync_if_possible(datadir: Datadir) -> None:
+    if datadir.writable:
+        try:
+            datadir.sync()
+        except OSError as error:
+            log.warning("datadir %s can't be synced: %s", datadir.path, error.strerror)
 
 
 def _create_file(datadir: Datadir, name: str, mode: int, owner: Owner) -> tuple[int, os.stat_result]:
@@ -495,7 +527,8 @@ def _create_file(datadir: Datadir, name: str, mode: int, owner: Owner) -> tuple[
     try:
         status = os.fstat(fd)
         datadir.xattrs.forget(status.st_ino)  # of an earlier inode of this number
-        give(fd, status, mode, owner)
+        group_given = owner.by_default and status.st_gid != os.getegid()
+        give(fd, status, mode, Owner(owner.uid) if group_given else owner)
     except BaseException:
         os.close(fd)
         datadir.unlink(name)

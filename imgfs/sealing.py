@@ -206,10 +206,9 @@ class Sealer:
         """Make the bytes durable, then vouch for them; False where they are no longer those hashed."""
         if image.name is None:
             raise Interrupted("the image was removed")
-        os.fsync(image.open_for_read())
-        if image.is_new:
-            image.datadir.sync()
-            image.is_new = False
+        fd = image.open_for_read()
+        if digests.size:  # an empty image has no bytes that must be there before its record
+            os.fsync(fd)
         self._set_permissions(image)
         with image.change_lock:
             if image.changes != changes or (image.unsealed and image.writing):
@@ -234,8 +233,12 @@ class Sealer:
         state = State.FAILED if unmet else State.ACTIVE
         self._store(image, Record(state, mtime_ns, digests, expectations))
         image.expectations = Expectations()
+        # Whoever reads a digest, or that the image failed, can rely on it after a crash, too.
+        os.fsync(image.fd)
+        if image.is_new:
+            image.datadir.sync()
+            image.is_new = False
         if unmet:
-            os.fsync(image.fd)  # after a crash, too, nobody may take it for good
             log.error("image %r in %s failed: its %s", image.name, image.datadir.path, unmet)
         with image.lock:
             image.unsealed = False

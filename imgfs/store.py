@@ -212,6 +212,10 @@ class ImageStore:
             raise NotPermitted("images of a write-once store are not exchanged")
         self._namespace.exchange(one, other)
 
+    def sync(self) -> None:
+        """fsync(2) of the directory: what was created, renamed and removed before stays so after a power cut."""
+        self._namespace.sync()
+
     # --- handles ---
 
     def create(self, name: str, mode: int = NEW_IMAGE_MODE, owner: Owner = NOBODY_IN_PARTICULAR) -> Handle:
