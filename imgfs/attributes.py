@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 
 from imgfs.datadir import Datadir
-from imgfs.errors import ImgfsError, InvalidValue, NoAttribute
+from imgfs.errors import DatadirOffline, ImgfsError, InvalidValue, NoAttribute
 from imgfs.hashing import CHECKSUM_ALGO, Digests, hex_digits
 from imgfs.image import Image
 from imgfs.store import ImageStore, location_of
@@ -141,7 +141,7 @@ class RootAttributes:
 
     def names(self) -> list[str]:
         """All names of the root's attributes."""
-        stored = self._first.xattrs.list(self._first.fd)
+        stored = self._first.xattrs.list(self._first.fd) if self._store.online_datadirs() else []
         own = [name for name in stored if name.startswith(USER) and not name.startswith(PREFIX)]
         return [PREFIX + key for key in self._computed] + own
 
@@ -161,15 +161,25 @@ class RootAttributes:
 
     @property
     def _first(self) -> Datadir:
-        return self._store.datadirs[0]
+        online = self._store.online_datadirs()
+        if not online:
+            raise DatadirOffline("all datadirs are offline")
+        return online[0]
 
-    def _describe(self, datadir: Datadir) -> dict[str, str | int | bool]:
-        numbers = datadir.filesystem()
+    def _describe(self, datadir: Datadir) -> dict[str, object]:
         return {
             "path": datadir.path,
             "priority": datadir.priority,
             "mode": datadir.config.mode,
-            "online": True,
+            "online": datadir.offline is None,
+        } | self._numbers(datadir)
+
+    def _numbers(self, datadir: Datadir) -> dict[str, object]:
+        """Bytes and images; of a datadir that is offline nothing is known, but why."""
+        if datadir.offline is not None:
+            return {"total": 0, "free": 0, "reserved": 0, "images": 0, "reason": datadir.offline}
+        numbers = datadir.filesystem()
+        return {
             "total": numbers.f_blocks * numbers.f_frsize,
             "free": datadir.free_bytes(),
             "reserved": self._store.reserved_bytes(datadir),

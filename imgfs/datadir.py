@@ -24,7 +24,7 @@ from typing import cast
 
 from imgfs import linux, mount_table, names
 from imgfs.config import DatadirConfig, Mode
-from imgfs.errors import DatadirError, ImageNotFound, InvalidName, WriteDenied
+from imgfs.errors import DatadirError, DatadirOffline, ImageNotFound, InvalidName, WriteDenied
 from imgfs.xattrs import NativeXattrs, ReadOnlyXattrs, SidecarXattrs, Xattrs, proc_path, read_regular, supported
 
 log = logging.getLogger(__name__)
@@ -101,6 +101,7 @@ class Datadir:
         self.path = config.path
         self.priority = config.priority
         self.tag = 1
+        self.offline: str | None = None  # why it counts as offline; None: it is online
         self._open()
         try:
             self.device = os.fstat(self.fd).st_dev
@@ -115,10 +116,31 @@ class Datadir:
     def __repr__(self) -> str:
         return f"Datadir({self.path!r}, priority={self.priority}, mode={self.config.mode})"
 
+    # --- online or not ---
+
+    def go_offline(self, reason: str) -> None:
+        """Pass it over from now on; what is known to be here gives DatadirOffline. `reason` is for an operator."""
+        if self.offline is None:
+            log.error("datadir %s is offline: %s", self.path, reason)
+        self.offline = reason
+
+    def come_back(self) -> None:
+        """Use it again."""
+        if self.offline is not None:
+            log.warning("datadir %s is online again", self.path)
+        self.offline = None
+
+    def require_online(self) -> None:
+        """Raise DatadirOffline where it is offline."""
+        if self.offline is not None:
+            raise DatadirOffline(f"datadir {self.path} is offline: {self.offline}")
+
+    # --- what may be done ---
+
     @property
     def takes_images(self) -> bool:
         """Whether new images may be placed here."""
-        return self.config.mode is Mode.READ_WRITE
+        return self.config.mode is Mode.READ_WRITE and self.offline is None
 
     @property
     def writable(self) -> bool:

@@ -130,6 +130,12 @@ class DatadirError(ImgfsError):
     default_errno = errno.EACCES
 
 
+class DatadirOffline(ImgfsError):
+    """The datadir that has the image does not answer, or is gone."""
+
+    default_errno = errno.EIO
+
+
 class MountError(ImgfsError):
     """The mount can't be made or taken away."""
 

@@ -166,8 +166,8 @@ class ImageOperations:
         return _described(*found) if found else None
 
     def _root_status(self) -> dict[str, int]:
-        """The root shows the first datadir's owner and mode, and the latest times of all."""
-        first, *others = [datadir.directory_status() for datadir in self._store.datadirs]
+        """The root shows the first datadir's owner and mode, and the latest times of all that are online."""
+        first, *others = [datadir.directory_status() for datadir in self._store.online_datadirs()] or [os.stat(ROOT)]
         size, blocks = first.st_size, first.st_blocks
         atime, mtime, ctime = first.st_atime_ns, first.st_mtime_ns, first.st_ctime_ns
         for other in others:  # the kernel asks for this after each create and each unlink
@@ -234,7 +234,7 @@ class ImageOperations:
 
     def _changeable_datadirs(self) -> list[Datadir]:
         """What a change of the root's own attributes goes to."""
-        return [datadir for datadir in self._store.datadirs if datadir.writable]
+        return [datadir for datadir in self._store.online_datadirs() if datadir.writable]
 
     # --- the directory ---
 
@@ -246,7 +246,7 @@ class ImageOperations:
 
     def statfs(self, _path: str) -> dict[str, int]:
         """statvfs(3): the sum of the filesystems below, each counted once."""
-        below = {datadir.directory_status().st_dev: datadir.filesystem() for datadir in self._store.datadirs}
+        below = {datadir.directory_status().st_dev: datadir.filesystem() for datadir in self._store.online_datadirs()}
         totals = {
             key: sum(getattr(numbers, key) * numbers.f_frsize // STATFS_BLOCK_BYTES for numbers in below.values())
             for key in ("f_blocks", "f_bfree", "f_bavail")

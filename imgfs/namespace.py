@@ -66,10 +66,14 @@ class Namespace:
 
     # --- finding ---
 
+    def online(self) -> list[Datadir]:
+        """The datadirs that can be asked, highest priority first."""
+        return [datadir for datadir in self.datadirs if datadir.offline is None]
+
     def listing(self) -> Iterator[tuple[str, int]]:
-        """Every image, once: its name and its inode number."""
+        """Every image, once: its name and its inode number. Those of a datadir that is offline are left out."""
         seen: set[str] = set()
-        for datadir in self.datadirs:
+        for datadir in self.online():
             for entry in datadir.entries():
                 if entry.name in seen:
                     continue
@@ -78,7 +82,7 @@ class Namespace:
                 yield entry.name, datadir.inode_number(entry.ino)
 
     def status(self, name: str) -> tuple[Datadir, os.stat_result]:
-        """The datadir of an image and its lstat(2) there. Raises ImageNotFound."""
+        """The datadir of an image and its lstat(2) there. Raises ImageNotFound, DatadirOffline."""
         self._check_known(name)
         found = self.find(name)
         if found is None:
@@ -88,10 +92,22 @@ class Namespace:
     def find(self, name: str) -> tuple[Datadir, os.stat_result] | None:
         """The same for a name that an image can have; None where there is none."""
         for datadir in self.datadirs:
-            status = datadir.find(name)
-            if status is not None:
-                return datadir, status
+            if datadir.offline is None:
+                status = datadir.find(name)
+                if status is not None:
+                    return datadir, status
+        self._require_not_offline(name)
         return None
+
+    def _require_not_offline(self, name: str) -> None:
+        """Raise DatadirOffline for a name that a datadir which can't be asked is known to have."""
+        for datadir in self.datadirs:
+            if datadir.offline is not None and self._is_known_at(datadir, name):
+                datadir.require_online()
+
+    def _is_known_at(self, datadir: Datadir, name: str) -> bool:
+        """Whether an offline datadir has an image of that name, as far as is known without asking it."""
+        return any(image.name == name and image.datadir is datadir for image in self.live_images())
 
     @contextlib.contextmanager
     def image(self, name: str) -> Iterator[Image]:
@@ -105,12 +121,13 @@ class Namespace:
     def pin(self, name: str) -> Image:
         """The image of a name with one more reference, which `let_go` takes back. Raises ImageNotFound."""
         self._check_known(name)
-        for datadir in self.datadirs:
+        for datadir in self.online():
             with contextlib.suppress(ImageNotFound):
                 path_fd = datadir.pin(name)
                 image = self._shared(self._image(datadir, name, path_fd, os.fstat(path_fd)))
                 self._keep_name(image, name)
                 return image
+        self._require_not_offline(name)
         raise ImageNotFound(f"no image {name!r}")
 
     def _keep_name(self, image: Image, name: str) -> None:
@@ -168,14 +185,16 @@ class Namespace:
     def create(self, name: str, mode: int, owner: Owner = NOBODY_IN_PARTICULAR) -> Image:
         """A new, empty image on the best datadir, referenced once and ready to be written.
 
-        Raises ImageExists where the name is taken in whichever datadir, StorageFull where no datadir has room.
+        Raises ImageExists where the name is taken in whichever datadir, StorageFull where no datadir has room,
+        DatadirOffline where one that can't be asked is known to have the name.
         """
         names.check(name)
         with self._names.held(name):
             placed = self._placed(None)
             # The first one placed says itself whether it has the name (O_EXCL), before anything else.
-            if any(datadir.has_any(name) for datadir in self.datadirs if datadir not in placed[:1]):
+            if any(datadir.has_any(name) for datadir in self.online() if datadir not in placed[:1]):
                 raise ImageExists(f"image {name!r} exists")
+            self._require_not_offline(name)
             datadir, fd, status = self._create_in(placed, name, mode, owner)
             return self._adopted(self._image(datadir, name, fd, status))
 
@@ -360,8 +379,9 @@ class Namespace:
         if not here and image.datadir.has_any(new):
             raise ImageExists(f"{new!r} is taken in {image.datadir.path} by something else; remove that first")
         gone = {image.datadir, target.datadir if target else image.datadir}
-        if any(datadir.has_any(new) for datadir in self.datadirs if datadir not in gone):
+        if any(datadir.has_any(new) for datadir in self.online() if datadir not in gone):
             raise ImageExists(f"{new!r} is in more than one datadir; remove the copies that are not wanted first")
+        self._require_not_offline(new)
         if target is not None:
             # What replaces an image must be on stable storage before that is gone.
             os.fsync(image.open_for_read())
@@ -400,8 +420,10 @@ class Namespace:
 
     def _finish_replacements(self) -> None:
         """Complete the replacements that a crash cut short: the old copy goes if another has its name."""
-        for datadir in self.datadirs:
+        for datadir in self.online():
             for note in datadir.notes_of_replaced():
+                if any(d.path == note.by and d.offline is not None for d in self.datadirs):
+                    continue  # whether the rename happened is not known
                 with contextlib.suppress(ImageNotFound):
                     renamed = note.name and any(d.has_any(note.name) for d in self.datadirs if d.path == note.by)
                     if renamed and datadir.status(note.name).st_ino == note.ino:

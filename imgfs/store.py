@@ -142,6 +142,10 @@ class ImageStore:
 
     # --- the namespace ---
 
+    def online_datadirs(self) -> list[Datadir]:
+        """The datadirs that can be asked, highest priority first."""
+        return self._namespace.online()
+
     def names(self) -> Iterator[str]:
         """The name of every image, once."""
         return (name for name, _ in self._namespace.listing())
@@ -334,6 +338,7 @@ class ImageStore:
         names.check(name)
         for datadir in self.datadirs:
             if directory in (datadir.path, os.path.realpath(datadir.path)):
+                datadir.require_online()
                 datadir.status(name)
                 return name
         raise BadLocation(f"{location!r} lies in no datadir of this store")
