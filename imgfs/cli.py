@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from imgfs import daemon, datadir, mount_options, mounts
+from imgfs import daemon, membership, mount_options, mounts
 from imgfs.config import Config, ConfigError, load
 from imgfs.errors import ImgfsError, InvalidValue, MountError
 from imgfs.version import VERSION
@@ -64,7 +64,7 @@ def _log_to(handler: logging.Handler, form: str, verbose: bool) -> None:
 
 
 def _mount(parsed: argparse.Namespace) -> int:
-    config = load(parsed.config, datadir.unusable)
+    config = load(parsed.config, membership.unusable)
     options = mount_options.parse(parsed.options)
     other = options.pop("allow_other", None) or parsed.allow_other
     request = daemon.MountRequest(
@@ -127,7 +127,7 @@ def _umount(parsed: argparse.Namespace) -> int:
 
 
 def _check(parsed: argparse.Namespace) -> int:
-    config = load(parsed.config, datadir.unusable)
+    config = load(parsed.config, membership.unusable)
     print(f"{parsed.config}: good")
     for line in _summary(config):
         print(f"  {line}")

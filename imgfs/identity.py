@@ -125,18 +125,28 @@ def look(config: DatadirConfig) -> Found:
 
 
 def _look_inside(config: DatadirConfig, fd: int) -> Found:
-    try:
-        own_fd = os.open(names.OWN_DIRECTORY, _DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
-    except FileNotFoundError:
-        return Found(config)
-    try:
-        stored = read_regular(MARKER, own_fd)
-    finally:
-        os.close(own_fd)
+    stored = _stored_in(fd)
     if stored is None:
         return Found(config)
     marker = decode(stored)
     return Found(config, marker, None if marker else f"the marker in {config.path}/{names.OWN_DIRECTORY} is damaged")
+
+
+def marker_in(directory_fd: int) -> Marker | None:
+    """The marker of an opened datadir; None where it has none, or none that can be read."""
+    stored = _stored_in(directory_fd)
+    return None if stored is None else decode(stored)
+
+
+def _stored_in(directory_fd: int) -> bytes | None:
+    try:
+        own_fd = os.open(names.OWN_DIRECTORY, _DIRECTORY | os.O_NOFOLLOW, dir_fd=directory_fd)
+    except FileNotFoundError:
+        return None
+    try:
+        return read_regular(MARKER, own_fd)
+    finally:
+        os.close(own_fd)
 
 
 def write(marker: Marker, own_fd: int) -> None:
@@ -254,10 +264,10 @@ def _verdict(
     if marker and marker.store == store and places[marker.datadir] == f.path:
         before = members.get(marker.datadir, f.path)
         return Verdict(f.config, marker.datadir, moved_from=before if before != f.path else None)
-    known = f.path in members.values()
-    if marker is None and not known:
-        return Verdict(f.config)  # new: who can't use it says so
-    return Verdict(f.config, _missed(f.path, members, places, leftover), _absence(f, store, places))
+    missed = _missed(f.path, members, places, leftover) if f.path in members.values() else None
+    if marker is None and missed is None:
+        return Verdict(f.config)  # new; whoever finds that it can't be used says so
+    return Verdict(f.config, missed, _absence(f, store, places))
 
 
 def _missed(path: str, members: Mapping[str, str], places: Mapping[str, str], leftover: list[str]) -> str | None:

@@ -15,9 +15,9 @@ from typing import Protocol, Self
 
 from imgfs import location as locations
 from imgfs import metadata as labels
-from imgfs import names
+from imgfs import membership, names
 from imgfs.config import Config, Reseal
-from imgfs.datadir import FULL_ERRNOS, Datadir, give_tags
+from imgfs.datadir import FULL_ERRNOS, Datadir
 from imgfs.errors import (
     BadLocation,
     ImageExists,
@@ -73,7 +73,7 @@ class ImageStore:
     def __init__(self, config: Config) -> None:
         """Open every datadir. Raises DatadirError where one can't be used."""
         self.config = config
-        self.datadirs = _open_datadirs(config)
+        self.datadirs = membership.open_datadirs(config)
         self._labels = {datadir.path: self._label(datadir) for datadir in self.datadirs}
         self._pool = HashPool()
         rules = SealingRules(config.hashing_algo, config.file_perm)
@@ -449,20 +449,6 @@ def location_of(image: Image) -> str:
     if image.name is None:
         raise NoAttribute("a removed image has no location")
     return locations.to_uri(f"{image.datadir.path}/{image.name}")
-
-
-def _open_datadirs(config: Config) -> list[Datadir]:
-    """All datadirs, highest priority first, or none of them."""
-    datadirs: list[Datadir] = []
-    try:
-        for datadir_config in sorted(config.datadirs, key=lambda d: -d.priority):
-            datadirs.append(Datadir(datadir_config, config.file_perm))
-    except BaseException:
-        for datadir in datadirs:
-            datadir.close()
-        raise
-    give_tags(datadirs)
-    return datadirs
 
 
 def _chunks(data: Readable | Iterable[bytes], size: int) -> Iterator[bytes]:

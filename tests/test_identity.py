@@ -79,6 +79,10 @@ def test_path_of_a_moved_datadir_does_not_become_a_new_one() -> None:
     assert said(judgement) == [(D2, False), (D1, True)]
 
 
+def test_path_of_a_moved_datadir_is_free_for_a_new_one_once_nobody_is_missed() -> None:
+    assert said(judge([at("/a"), at("/b", D1, {D1: "/a"})])) == [(None, True), (D1, True)]
+
+
 def test_disk_of_another_store_is_absent_not_served() -> None:
     foreign = at("/b", D3, {D3: "/elsewhere"}, store=OTHER)
     for judgement in (judge([at("/a", D1), foreign]), judge([foreign, at("/a", D1)])):
