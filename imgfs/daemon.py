@@ -6,6 +6,7 @@ the child shares the parent's stderr, so errors reach whoever typed the command.
 
 import contextlib
 import errno
+import gc
 import logging
 import os
 import resource
@@ -56,6 +57,8 @@ def serve(request: MountRequest, ready: Callable[[], None]) -> None:
     transport = choose_transport(request.transport, request.passthrough)
     with ImageStore(request.store_config) as store:
         operations = ImageOperations(store, transport.caller, transport.interrupted, transport.describe)
+
+        gc.freeze()  # what there is now stays: no collection need look at it again
 
         def tell() -> None:
             log.info("%s is served by transport %s", mountpoint, transport.describe())

@@ -27,7 +27,7 @@ from imgfs.datadir import Datadir
 from imgfs.errors import NotPermitted
 from imgfs.hashing import never
 from imgfs.image import Handle, Image, Key
-from imgfs.linux import RENAME_EXCHANGE, RENAME_NOREPLACE
+from imgfs.linux import RENAME_EXCHANGE, RENAME_NOREPLACE, birth_time_ns
 from imgfs.namespace import Owner
 from imgfs.store import ImageChanged, ImageStore
 from imgfs.times import UTIME_NOW, set_times
@@ -381,6 +381,13 @@ class ImageOperations:
 
     # --- what fusepy can't deliver ---
 
+    def statx(self, path: str | None, fh: int | None = None) -> dict[str, int]:
+        """What `getattr` gives, and as `st_birthtime` when the file was made (ns), where that is known (statx(2))."""
+        if path == ROOT:
+            return self._root_status() | _born(self._store.datadirs[0].fd)
+        with self._image(path, fh) as image:
+            return _described(image.datadir, image.status()) | _born(image.path_fd)
+
     def lseek(self, _path: str | None, offset: int, whence: int, fh: int) -> int:
         """lseek(2) with SEEK_DATA or SEEK_HOLE."""
         return self._handle(fh).seek(offset, whence)
@@ -476,3 +483,8 @@ def _described(datadir: Datadir, status: os.stat_result) -> dict[str, int]:
         "st_mtime": status.st_mtime_ns,
         "st_ctime": status.st_ctime_ns,
     }
+
+
+def _born(fd: int) -> dict[str, int]:
+    born = birth_time_ns(fd)
+    return {} if born is None else {"st_birthtime": born}

@@ -81,7 +81,7 @@ class KernelTransport:
         if name is None:
             self._session.look_again_at_all()
             return
-        if not name:  # a datadir itself (inotify(7))
+        if not name:
             self._session.invalidate_root()
             return
         try:

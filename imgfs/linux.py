@@ -1,19 +1,27 @@
 """The few system calls that the standard library lacks, through the C library, with errors as OSError.
 
-fallocate(2) with its modes (posix_fallocate would write zeros where the filesystem can't), and renameat2(2).
+fallocate(2) with its modes (posix_fallocate would write zeros where the filesystem can't), renameat2(2), and
+the birth time that statx(2) knows.
 """
 
 import ctypes
 import os
+import struct
 
 FALLOC_FL_KEEP_SIZE = 0x01  # include/uapi/linux/falloc.h
 FALLOC_FL_PUNCH_HOLE = 0x02
 FALLOC_FL_ZERO_RANGE = 0x10
 RENAME_NOREPLACE = 1 << 0  # include/uapi/linux/fs.h
 RENAME_EXCHANGE = 1 << 1
+_AT_EMPTY_PATH = 0x1000
+_STATX_BTIME = 0x800  # include/uapi/linux/stat.h, as are the size and the places in struct statx
+_STATX_BYTES = 256
+_STX_MASK = struct.Struct("=I")
+_STX_BTIME = struct.Struct("=80xqI")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_libc.statx.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p)
 _libc.renameat2.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
 
 
@@ -25,6 +33,16 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
 def exchange(directory_fd: int, one: str, other: str) -> None:
     """Swap two names of a directory in one step (renameat2(2) with RENAME_EXCHANGE)."""
     _check(_libc.renameat2(directory_fd, os.fsencode(one), directory_fd, os.fsencode(other), RENAME_EXCHANGE))
+
+
+def birth_time_ns(fd: int) -> int | None:
+    """When the file was made, in ns; None where its filesystem does not keep that (statx(2), STATX_BTIME)."""
+    buffer = ctypes.create_string_buffer(_STATX_BYTES)
+    _check(_libc.statx(fd, b"", _AT_EMPTY_PATH, _STATX_BTIME, buffer))
+    if not _STX_MASK.unpack_from(buffer)[0] & _STATX_BTIME:
+        return None
+    seconds, nanoseconds = _STX_BTIME.unpack_from(buffer)
+    return int(seconds) * 1_000_000_000 + int(nanoseconds)
 
 
 def _check(result: int) -> None:

@@ -249,6 +249,8 @@ class Namespace:
 
     def reserved_bytes(self, datadir: Datadir) -> int:
         """What is promised to images that are being written on a datadir's filesystem and not allocated yet."""
+        if not self._declared:
+            return 0
         with self._table_lock:
             declared = list(self._declared)
             for image in declared:

@@ -47,7 +47,7 @@ LONG_GAP_BYTES = 64 << 20  # takes 0.1 s to hash; a writer does not wait for mor
 
 
 ImageChanged = Callable[[str | None, bool], None]
-"""Told a name (None: any), and whether the bytes may have changed, not only attributes."""
+"""Told a name (None: any; empty: the listing), and whether the bytes may have changed, not only attributes."""
 
 
 class Readable(Protocol):
@@ -134,8 +134,11 @@ class ImageStore:
             self._changed(None, True)
             return
         busy = {image.name for image in self._namespace.live_images() if image.unsealed or image.sealing}
-        for name in told.keys() - busy:
+        names_told = told.keys() - busy
+        for name in names_told:
             self._changed(name, told[name])
+        if names_told:
+            self._changed("", False)
 
     def _new_stream(self) -> DigestStream:
         return DigestStream(self._pool, self.config.hashing_algo, LONG_GAP_BYTES)

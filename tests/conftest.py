@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 from imgfs import ImageStore, load, mounts
+from tests.faulty import Faulty
 
 IMGFS = [sys.executable, "-m", "imgfs"]
 WAIT_SECONDS = 30.0
@@ -140,8 +141,39 @@ def write_config(base: Path, datadirs: list[object] | None = None, **settings: o
     return config
 
 
+class FaultyMaker:
+    """Makes directories that fail on command, and ends them at the end of the test."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        self._tmp_path = tmp_path
+        self.made: list[Faulty] = []
+
+    def __call__(self) -> Faulty:
+        """A directory that fails on command, to be a datadir."""
+        number = len(self.made)
+        self.made.append(Faulty(self._tmp_path / f"below{number}", self._tmp_path / f"faulty{number}"))
+        return self.made[-1]
+
+    def heal(self) -> None:
+        """No fault any more: what uses them can end."""
+        for made in self.made:
+            if made.process.poll() is None:
+                made.heal()
+
+
+@pytest.fixture
+def faulty(tmp_path: Path) -> Iterator[FaultyMaker]:
+    """Call it to get a directory that fails on command, to be a datadir; see Faulty."""
+    maker = FaultyMaker(tmp_path)
+    try:
+        yield maker
+    finally:
+        for made in maker.made:
+            made.end()
+
+
 @pytest.fixture(params=["kernel", "fusepy"])
-def mount(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Mounter]:
+def mount(tmp_path: Path, faulty: FaultyMaker, request: pytest.FixtureRequest) -> Iterator[Mounter]:
     """Call it to get a mounted store, once for each transport; see Mounter."""
     tmp_path.chmod(0o755)
     tmp_path.parent.chmod(0o755)
@@ -149,13 +181,15 @@ def mount(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Mounter]:
     mounter = Mounter(tmp_path, request.param)
     try:
         yield mounter
+        faulty.heal()
         mounter.finish()
     finally:
+        faulty.heal()
         mounter.clean_up()
 
 
 @pytest.fixture
-def open_store(tmp_path: Path) -> Iterator[Callable[..., ImageStore]]:
+def open_store(tmp_path: Path, faulty: FaultyMaker) -> Iterator[Callable[..., ImageStore]]:
     """Call it with datadirs and settings to get an ImageStore without a mount, closed at the end."""
     with contextlib.ExitStack() as stack:
 
@@ -163,6 +197,7 @@ def open_store(tmp_path: Path) -> Iterator[Callable[..., ImageStore]]:
             return stack.enter_context(ImageStore(load(write_config(tmp_path, datadirs, **settings))))
 
         yield make
+        faulty.heal()
 
 
 @pytest.fixture

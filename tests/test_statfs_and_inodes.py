@@ -4,6 +4,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.clients import MIB, OLD_MTIME_NS, assert_sealed, backing_file, fill, new_image, run_as
 from tests.conftest import Mounter, run, wait_until
 
@@ -192,3 +194,21 @@ def test_size_grows_as_it_is_written(mount: Mounter) -> None:
 def test_mount_is_known_by_its_type(mount: Mounter) -> None:
     images = mount()
     assert run("findmnt", "-no", "FSTYPE,SOURCE", images.path).stdout.split() == ["fuse.imgfs", "imgfs"]
+
+
+def born(path: Path) -> str:
+    """When a file was made, to the nanosecond; "-" where that is not known (statx(2), STATX_BTIME)."""
+    return run("stat", "--format=%w", path).stdout.strip()
+
+
+@pytest.mark.parametrize("mount", ["kernel"], indirect=True)
+def test_birth_time_is_that_of_the_file(filesystem: Filesystem, mount: Mounter) -> None:
+    images = mount([f"{filesystem('ext4')}:2", f"{filesystem('ramfs')}:1"])
+    new_image(images / "a", 10)
+    assert_sealed(images / "a")
+    os.utime(images / "a", ns=(OLD_MTIME_NS, OLD_MTIME_NS))
+    assert born(images / "a") == born(backing_file(images / "a")) != "-"
+    assert born(images.path) == born(images.datadirs[0]) != "-"
+    (images.datadirs[1] / "b").touch()
+    assert born(images / "b") == "-"  # ramfs keeps none
+    assert (images / "b").stat().st_size == 0

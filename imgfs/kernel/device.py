@@ -8,6 +8,8 @@ came from. Each `Device` has one reading thread; writing and the ioctls are safe
 import errno
 import fcntl
 import os
+import select
+import time
 
 from imgfs.kernel import abi
 
@@ -25,6 +27,8 @@ class Device:
     def __init__(self, fd: int, max_write: int = abi.FUSE_MIN_READ_BUFFER) -> None:
         self.fd = fd
         self.resize(max_write)
+        self._incoming = select.poll()
+        self._incoming.register(fd, select.POLLIN)
 
     def resize(self, max_write: int) -> None:
         """Make room for requests that carry up to `max_write` bytes of data."""
@@ -41,6 +45,14 @@ class Device:
             os.close(fd)
             raise
         return Device(fd, self._max_write)
+
+    def comes_within(self, seconds: float) -> bool:
+        """Look out for the next request without going to sleep."""
+        deadline = time.monotonic() + seconds
+        while not self._incoming.poll(0):
+            if time.monotonic() > deadline:
+                return False
+        return True
 
     def read(self) -> bytes | None:
         """The next request; None once the connection is gone (unmounted or aborted)."""

@@ -104,6 +104,12 @@ class Filesystem:
         fh = request.fh if request.getattr_flags & abi.FUSE_GETATTR_FH else None
         return self._attr_out(node, fh)
 
+    def statx(self, header: Header, request: requests.StatxIn) -> Payload:
+        node = self._nodes.get(header.nodeid)
+        fh = request.fh if request.getattr_flags & abi.FUSE_GETATTR_FH else None
+        attr, timeouts = self._attr(node, fh, "statx")
+        return replies.statx_out(node.nodeid, timeouts, attr)
+
     def setattr(self, header: Header, request: requests.SetattrIn) -> Payload:
         node = self._nodes.get(header.nodeid)
         valid = request.valid
@@ -362,8 +368,8 @@ class Filesystem:
                 self._nodes.wait_steady(path, _CHANGE_WAIT_S)
         return value, False
 
-    def _attr(self, node: Node, fh: int | None) -> tuple[Attributes, Timeouts]:
-        attr, sure = self._steadily(node, fh, lambda path, handle: self._call("getattr", path, handle))
+    def _attr(self, node: Node, fh: int | None, operation: str = "getattr") -> tuple[Attributes, Timeouts]:
+        attr, sure = self._steadily(node, fh, lambda path, handle: self._call(operation, path, handle))
         return attr, self._timeouts if sure else replies.NEVER
 
     def _attr_out(self, node: Node, fh: int | None) -> bytes:

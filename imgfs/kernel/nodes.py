@@ -10,8 +10,7 @@ under it.
 import errno
 import os
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 from imgfs.kernel.abi import FUSE_ROOT_ID
 
@@ -28,6 +27,28 @@ class Node:
         self.ino = ino  # of the file it was looked up for
         self.path: str | None = path
         self.lookups = 0
+
+
+class Changing:
+    """A change of what some paths mean, under way in a `with` block."""
+
+    __slots__ = ("_changing", "_paths", "_settled")
+
+    def __init__(self, changing: dict[str, int], settled: threading.Condition, paths: tuple[str, ...]) -> None:
+        self._changing, self._settled, self._paths = changing, settled, paths
+
+    def __enter__(self) -> None:
+        with self._settled:
+            for path in self._paths:
+                self._changing[path] = self._changing.get(path, 0) + 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._settled:
+            for path in self._paths:
+                self._changing[path] -= 1
+                if not self._changing[path]:
+                    del self._changing[path]
+            self._settled.notify_all()
 
 
 class Nodes:
@@ -121,21 +142,9 @@ class Nodes:
             self._attach(first, other)
             self._attach(second, one)
 
-    @contextmanager
-    def changing(self, *paths: str) -> Iterator[None]:
-        """While inside, what is learnt about one of the paths may belong to its old or its new image."""
-        with self._lock:
-            for path in paths:
-                self._changing[path] = self._changing.get(path, 0) + 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                for path in paths:
-                    self._changing[path] -= 1
-                    if not self._changing[path]:
-                        del self._changing[path]
-                self._settled.notify_all()
+    def changing(self, *paths: str) -> "Changing":
+        """In a `with` block of this, what is learnt about one of the paths may belong to its old or new image."""
+        return Changing(self._changing, self._settled, paths)
 
     def steady(self, path: str | None) -> bool:
         """Whether nobody is `changing` the path just now."""

@@ -55,6 +55,7 @@ OPCODES: dict[int, Opcode] = {
     abi.FUSE_RENAME2: Opcode("rename", requests.parse_rename2),
     abi.FUSE_LSEEK: Opcode("lseek", requests.parse_lseek),
     abi.FUSE_COPY_FILE_RANGE: Opcode("copy_file_range", requests.parse_copy_file_range),
+    abi.FUSE_STATX: Opcode("statx", requests.parse_statx),
     abi.FUSE_COPY_FILE_RANGE_64: Opcode("copy_file_range_64", requests.parse_copy_file_range),
 }
 

@@ -1,7 +1,8 @@
 """What the transport expects of the object that answers the requests, as types only.
 
 The names and arguments are those of fusepy's `Operations`, called through its `__call__`; the transport calls
-some more that fusepy cannot deliver: `lseek`, `fallocate`, `copy_file_range`, `rename2` and `passthrough_fd`.
+some more that fusepy cannot deliver: `statx`, `lseek`, `fallocate`, `copy_file_range`, `rename2` and
+`passthrough_fd`.
 """
 
 from typing import Any, NamedTuple, Protocol

@@ -10,7 +10,9 @@ two threads read then, until one of them finds that the place is no longer its o
 """
 
 import logging
+import os
 import threading
+import time
 from collections.abc import Callable
 
 from imgfs.kernel import abi
@@ -21,6 +23,9 @@ log = logging.getLogger(__name__)
 MAX_THREADS = 256
 MAX_WAITING = 8
 PATIENCE_S = 0.005
+LOOKOUT_S = 0.0001
+MAX_MISSES = 8
+SEVERAL_CPUS = len(os.sched_getaffinity(0)) > 1
 # Requests that move data, or wait for a disk or a digest.
 LONG = frozenset(
     {
@@ -37,6 +42,37 @@ LONG = frozenset(
 )
 
 Answer = Callable[[Device, bytes], None]
+
+
+class Lookout:
+    """Reads from a device, and stays awake for the next request where that pays.
+
+    To be woken for a request takes longer than to answer most of them, and a program that lists or creates many files
+    sends one after the other. So while requests come soon after each other, the thread looks out for the next one
+    for a moment before it sleeps. If none came in that moment, it does so again only after some more have come soon.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._pays = False
+        self._misses = 0
+        self._owed = 0  # requests that must come soon before it is tried again
+
+    def next_request(self) -> bytes | None:
+        """What `Device.read` gives."""
+        if self._pays:
+            if self._device.comes_within(LOOKOUT_S):
+                self._misses = 0
+            else:
+                self._pays = False
+                self._misses = min(self._misses + 1, MAX_MISSES)
+                self._owed = 1 << self._misses
+        began = time.monotonic()
+        data = self._device.read()
+        if not self._pays and SEVERAL_CPUS and time.monotonic() - began < LOOKOUT_S:
+            self._owed -= 1
+            self._pays = self._owed <= 0
+        return data
 
 
 class Readers:
@@ -105,8 +141,9 @@ class Readers:
 
     def _read(self, device: Device) -> None:
         """Read and answer as long as the place is ours."""
+        lookout = Lookout(device)
         while self._holder is device:
-            data = device.read()
+            data = lookout.next_request()
             if data is None:
                 self._ended.set()
                 self._give_place_away(device)

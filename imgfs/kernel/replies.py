@@ -71,6 +71,27 @@ def attr_out(nodeid: int, timeouts: Timeouts, attr: Attributes) -> bytes:
     return abi.fuse_attr_out.pack(timeouts.attr_s, timeouts.attr_ns, *attr_fields(attr, nodeid))
 
 
+def statx_out(nodeid: int, timeouts: Timeouts, attr: Attributes) -> bytes:
+    """struct fuse_statx_out: what attr_out says, and `st_birthtime` (ns) where there is one."""
+    born = attr.get("st_birthtime")
+    mask = abi.STATX_BASIC_STATS | (0 if born is None else abi.STATX_BTIME)
+    times = (attr["st_atime"], born or 0, attr["st_ctime"], attr["st_mtime"])
+    return abi.fuse_statx_out.pack(
+        timeouts.attr_s,
+        timeouts.attr_ns,
+        mask,
+        attr.get("st_blksize", 4096),
+        attr["st_nlink"],
+        attr["st_uid"],
+        attr["st_gid"],
+        attr["st_mode"],
+        attr.get("st_ino") or nodeid,
+        attr["st_size"],
+        attr["st_blocks"],
+        *(part for time_ns in times for part in divmod(time_ns, _NS)),
+    )
+
+
 def open_out(fh: int, open_flags: int, backing_id: int = 0) -> bytes:
     return abi.fuse_open_out.pack(fh, open_flags, backing_id)
 

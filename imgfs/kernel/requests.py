@@ -71,6 +71,15 @@ class GetattrIn(NamedTuple):
     fh: int
 
 
+class StatxIn(NamedTuple):
+    """`sx_mask` is what is wanted, `sx_flags` how fresh (statx(2)); imgfs always gives all it has."""
+
+    getattr_flags: int
+    fh: int
+    sx_flags: int
+    sx_mask: int
+
+
 class SetattrIn(NamedTuple):
     valid: int
     fh: int
@@ -329,6 +338,7 @@ def _fixed(layout: struct.Struct, kind: type[T]) -> Callable[[bytes], T]:
 
 parse_forget = _fixed(abi.fuse_forget_in, ForgetIn)
 parse_getattr = _fixed(abi.fuse_getattr_in, GetattrIn)
+parse_statx = _fixed(abi.fuse_statx_in, StatxIn)
 parse_setattr = _fixed(abi.fuse_setattr_in, SetattrIn)
 parse_open = _fixed(abi.fuse_open_in, OpenIn)
 parse_read = _fixed(abi.fuse_read_in, ReadIn)

@@ -144,7 +144,6 @@ class KernelSession:
         """
         node = self._nodes.find(ROOT_PATH + name)
         if node is None:
-            self.invalidate_root()
             for other in self._nodes.of_file(ino) if links > 1 else ():
                 self._notifier.send(replies.inval_inode(other.nodeid, -1, 0))
         elif ino is None or node.ino not in (None, ino):

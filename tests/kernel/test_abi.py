@@ -64,7 +64,14 @@ OLDER_NAMES = {
     " max_pages map_alignment flags2 unused[0]",
 }
 PREFIXES = {"fuse_init_in", "fuse_setxattr_in"}  # we read the part that every version has
-NEWER = {"fuse_copy_file_range_out": 8, "fuse_backing_map": 16, "fuse_backing_id": 4, "fuse_init_in_flags2": 4}
+NEWER = {
+    "fuse_statx_in": 24,
+    "fuse_statx_out": 288,
+    "fuse_copy_file_range_out": 8,
+    "fuse_backing_map": 16,
+    "fuse_backing_id": 4,
+    "fuse_init_in_flags2": 4,
+}
 
 
 def run_c(tmp_path: Path, body: str) -> list[str]:
