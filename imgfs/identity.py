@@ -150,7 +150,7 @@ def _stored_in(directory_fd: int) -> bytes | None:
 
 
 def write(marker: Marker, own_fd: int) -> None:
-    """Put a marker into `.imgfs` (its descriptor) in one step, on stable storage: a crash leaves the old or the new."""
+    """Put a marker into a `.imgfs` in one step, on stable storage: a crash leaves the old one or the new."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     with contextlib.suppress(FileNotFoundError):
         os.unlink(_NEW, dir_fd=own_fd)  # of a crash

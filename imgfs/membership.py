@@ -14,8 +14,8 @@ import threading
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
+from imgfs import catalogue, identity
 from imgfs import datadir as datadir_module
-from imgfs import identity
 from imgfs.config import Config, DatadirConfig, MissingDatadirs
 from imgfs.datadir import Datadir, give_tags
 from imgfs.errors import DatadirError
@@ -73,9 +73,7 @@ def _opened(judgement: Judgement, file_perm: int) -> list[Datadir]:
     datadirs: list[Datadir] = []
     try:
         for verdict in sorted(judgement.verdicts, key=lambda v: -v.config.priority):
-            datadirs.append(
-                Datadir(verdict.config, file_perm, known_as=verdict.identity, absence=verdict.absence)
-            )
+            datadirs.append(Datadir(verdict.config, file_perm, known_as=verdict.identity, absence=verdict.absence))
         _keep_markers(datadirs, judgement)
     except BaseException:
         for datadir in datadirs:
@@ -183,8 +181,11 @@ def adopt(config: Config, paths: Collection[str] = ()) -> list[Adopted]:
             raise
         judgement = identity.judge([replace(f, marker=None) if f.path in paths else f for f in found])
     wanted = [v for v in judgement.verdicts if (v.path in paths if paths else v.absence) and _is_strange(v, found)]
+    foreign = {f.path for f in found if f.marker and f.marker.store != judgement.store}
     verdicts = [Verdict(v.config) if v in wanted else v for v in judgement.verdicts]
     for datadir in _opened(replace(judgement, verdicts=verdicts), config.file_perm):
+        if datadir.path in foreign and datadir.own_fd is not None:
+            catalogue.forget(datadir.own_fd)
         datadir.close()
     return [Adopted(verdict.path, verdict.identity) for verdict in wanted]
 

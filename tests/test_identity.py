@@ -93,7 +93,7 @@ def test_disk_of_another_store_is_absent_not_served() -> None:
 
 
 def test_markers_of_two_stores_that_claim_as_much_are_refused_with_what_to_do() -> None:
-    with pytest.raises(DatadirError, match="/a and /b belong to different stores.*--adopt"):
+    with pytest.raises(DatadirError, match=r"/a and /b belong to different stores.*--adopt"):
         judge([at("/a", D1, {D1: "/a"}), at("/b", D2, {D2: "/b"}, store=OTHER)])
 
 
@@ -123,7 +123,7 @@ def test_marker_survives_its_form() -> None:
      json.dumps({"version": 1, "store": STORE, "datadir": D1, "members": [D1], "generation": 0}).encode(),
      json.dumps({"version": 1, "store": STORE, "datadir": D1, "members": {}, "generation": "9" * 5000}).encode(),
      json.dumps({"version": 1, "store": STORE, "datadir": D1, "members": {}, "generation": -1}).encode(),
-     b'{"version": 1, "store": "%s", "datadir": "%s", "members": {}, "generation": Infinity}' % (b"0" * 32, b"0" * 32)],
+     b'{"version": 1, "store": "%s", "datadir": "%s", "members": {}, "generation": Infinity}' % ((b"0" * 32,) * 2)],
 )  # fmt: skip
 def test_what_is_no_marker_is_taken_for_a_damaged_one(tmp_path: Path, stored: bytes) -> None:
     assert decode(stored) is None
