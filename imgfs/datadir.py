@@ -314,6 +314,14 @@ class Datadir:
         """Take the note away."""
         os.unlink(note.token, dir_fd=self._own_fd)
 
+    def has_note(self, note: Replaced) -> bool:
+        """Whether a note is still there."""
+        try:
+            os.stat(note.token, dir_fd=self._own_fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return True
+
     def notes_of_replaced(self) -> list[Replaced]:
         """The notes that a crash left behind."""
         if not self.writable or self._own_fd is None:

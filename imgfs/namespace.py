@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from imgfs import names, placement
-from imgfs.datadir import FULL_ERRNOS, Datadir
-from imgfs.errors import ImageExists, ImageNotFound, ImgfsError, ReservedName, StorageFull
+from imgfs.copies import Copies, copies_of, described
+from imgfs.datadir import FULL_ERRNOS, Datadir, Replaced
+from imgfs.errors import ImageExists, ImageNotFound, ImgfsError, NameDoubled, ReservedName, StorageFull
 from imgfs.image import Image, Key, StreamFactory, key_of
 from imgfs.name_locks import NameLocks
 
@@ -50,10 +51,15 @@ class Namespace:
         *,
         thin: bool,
         write_once: bool,
+        noted: Callable[[Datadir, str], None] = lambda _datadir, _name: None,
     ) -> None:
-        """`removed` is called with each live image that loses its name for good."""
+        """`removed` is called with each live image that loses its name for good.
+
+        `noted` is called with each name in a datadir that was removed or renamed, or renamed to.
+        """
         self.datadirs = datadirs
         self._removed = removed
+        self._noted = noted
         self._new_stream = new_stream
         self._thin = thin
         self._write_once = write_once
@@ -62,7 +68,9 @@ class Namespace:
         self._table_lock = threading.Lock()
         self._live: dict[Key, Image] = {}  # guarded by _table_lock
         self._declared: set[Image] = set()  # guarded by _table_lock: live images whose size was declared
-        self._finish_replacements()
+        self.copies = Copies(datadirs, self._is_saving, self._names.held)
+        for datadir in self.online():
+            self.finish_replacements_in(datadir)
 
     # --- finding ---
 
@@ -73,13 +81,20 @@ class Namespace:
     def listing(self) -> Iterator[tuple[str, int]]:
         """Every image, once: its name and its inode number. Those of a datadir that is offline are left out."""
         seen: set[str] = set()
+        doubled: list[str] = []
         for datadir in self.online():
             for entry in datadir.entries():
                 if entry.name in seen:
+                    doubled.append(entry.name)
                     continue
                 if len(self.datadirs) > 1:
                     seen.add(entry.name)
-                yield entry.name, datadir.inode_number(entry.ino)
+                if entry.name in self.copies.names and (served := self.find(entry.name)):
+                    yield entry.name, served[0].inode_number(served[1].st_ino)
+                else:
+                    yield entry.name, datadir.inode_number(entry.ino)
+        if doubled:
+            self.copies.suspect(doubled)
 
     def status(self, name: str) -> tuple[Datadir, os.stat_result]:
         """The datadir of an image and its lstat(2) there. Raises ImageNotFound, DatadirOffline."""
@@ -91,6 +106,8 @@ class Namespace:
 
     def find(self, name: str) -> tuple[Datadir, os.stat_result] | None:
         """The same for a name that an image can have; None where there is none."""
+        if name in self.copies.names and (found := self.copies.of(name)):
+            return found[0].datadir, found[0].status
         for datadir in self.datadirs:
             if datadir.offline is None:
                 status = datadir.find(name)
@@ -107,7 +124,9 @@ class Namespace:
 
     def _is_known_at(self, datadir: Datadir, name: str) -> bool:
         """Whether an offline datadir has an image of that name, as far as is known without asking it."""
-        return any(image.name == name and image.datadir is datadir for image in self.live_images())
+        return name in datadir.known_names or any(
+            image.name == name and image.datadir is datadir for image in self.live_images()
+        )
 
     @contextlib.contextmanager
     def image(self, name: str) -> Iterator[Image]:
@@ -121,7 +140,7 @@ class Namespace:
     def pin(self, name: str) -> Image:
         """The image of a name with one more reference, which `let_go` takes back. Raises ImageNotFound."""
         self._check_known(name)
-        for datadir in self.online():
+        for datadir in self._having(name):
             with contextlib.suppress(ImageNotFound):
                 path_fd = datadir.pin(name)
                 image = self._shared(self._image(datadir, name, path_fd, os.fstat(path_fd)))
@@ -129,6 +148,23 @@ class Namespace:
                 return image
         self._require_not_offline(name)
         raise ImageNotFound(f"no image {name!r}")
+
+    def _having(self, name: str) -> list[Datadir]:
+        """The datadirs to be asked for a name, in this order."""
+        if name in self.copies.names:
+            return [copy.datadir for copy in self.copies.of(name)]
+        return self.online()
+
+    def _is_saving(self, status: os.stat_result) -> bool:
+        with self._table_lock:
+            image = self._live.get(key_of(status))
+        return image is not None and image.unsealed and bool(image.writers or image.sealing)
+
+    def _require_single(self, *wanted: str) -> None:
+        """Raise NameDoubled or DatadirOffline for names of which there is another copy, that would rise in place."""
+        for name in wanted:
+            self.copies.require_single(name)
+            self._require_not_offline(name)
 
     def _keep_name(self, image: Image, name: str) -> None:
         """Follow what was done to a live image directly, or while it was in no table yet."""
@@ -318,9 +354,11 @@ class Namespace:
     def delete(self, name: str) -> None:
         """Remove an image; handles that are open keep it readable. Raises ImageNotFound, or the true errno."""
         with self._names.held(name):
+            self._require_single(name)
             datadir, status = self.status(name)
             datadir.require_writable()
             datadir.unlink(name)
+            self._noted(datadir, name)
             if status.st_nlink == 1:
                 datadir.xattrs.forget(status.st_ino)
             with self._table_lock:
@@ -352,6 +390,7 @@ class Namespace:
             image.datadir.require_writable()
             if old == new:
                 return
+            self._require_single(old, new)
             with contextlib.ExitStack() as stack:
                 target = None
                 with contextlib.suppress(ImageNotFound):
@@ -370,20 +409,19 @@ class Namespace:
         names.check(one)
         names.check(other)
         with self._names.held(one, other), self.image(one) as first, self.image(other) as second:
+            self._require_single(one, other)
             first.datadir.require_writable()
             if first.datadir is not second.datadir:
                 raise ImgfsError("images in different datadirs can't be exchanged in one step", errno.EXDEV)
             first.datadir.exchange(one, other)
             first.name, second.name = other, one
+            self._noted(first.datadir, one)
+            self._noted(first.datadir, other)
 
     def _rename(self, image: Image, old: str, new: str, target: Image | None) -> None:
         here = target is not None and target.datadir is image.datadir
-        if not here and image.datadir.has_any(new):
-            raise ImageExists(f"{new!r} is taken in {image.datadir.path} by something else; remove that first")
-        gone = {image.datadir, target.datadir if target else image.datadir}
-        if any(datadir.has_any(new) for datadir in self.online() if datadir not in gone):
-            raise ImageExists(f"{new!r} is in more than one datadir; remove the copies that are not wanted first")
-        self._require_not_offline(new)
+        if any(datadir.has_any(new) for datadir in self.online() if target is None or datadir is not target.datadir):
+            self._refuse_taken(new)
         if target is not None:
             # What replaces an image must be on stable storage before that is gone.
             os.fsync(image.open_for_read())
@@ -394,6 +432,16 @@ class Namespace:
             if target is not None:
                 self._forget(target, new)
         image.name = new
+        self._noted(image.datadir, old)
+        self._noted(image.datadir, new)
+
+    def _refuse_taken(self, name: str) -> None:
+        """A second copy, not known until now, or something that is no image."""
+        found = copies_of(name, self.datadirs)
+        if len(found) > 1:
+            self.copies.suspect([name])
+            raise NameDoubled(f"{name!r} lies in more than one datadir: {described(found)}; remove one there first")
+        raise ImageExists(f"{name!r} is taken in a datadir by something that is no image; remove that first")
 
     def _replace_elsewhere(self, image: Image, old: str, new: str, target: Image) -> None:
         """Two directories can't change in one step: a note on stable storage says which copy gives way."""
@@ -410,6 +458,7 @@ class Namespace:
 
     def _unlink(self, image: Image, name: str) -> None:
         image.datadir.unlink(name)
+        self._noted(image.datadir, name)
         self._forget(image, name)
 
     def _forget(self, image: Image, name: str) -> None:
@@ -420,18 +469,22 @@ class Namespace:
             image.datadir.xattrs.forget(status.st_ino)
         self._removed(image)
 
-    def _finish_replacements(self) -> None:
+    def finish_replacements_in(self, datadir: Datadir) -> None:
         """Complete the replacements that a crash cut short: the old copy goes if another has its name."""
-        for datadir in self.online():
-            for note in datadir.notes_of_replaced():
-                if any(d.path == note.by and d.offline is not None for d in self.datadirs):
-                    continue  # whether the rename happened is not known
-                with contextlib.suppress(ImageNotFound):
-                    renamed = note.name and any(d.has_any(note.name) for d in self.datadirs if d.path == note.by)
-                    if renamed and datadir.status(note.name).st_ino == note.ino:
-                        log.warning("the replacement of image %r was cut short; it is completed", note.name)
-                        datadir.unlink(note.name)
-                datadir.forget_replaced(note)
+        for note in datadir.notes_of_replaced():
+            if any(d.path == note.by and d.offline is not None for d in self.datadirs):
+                continue  # whether the rename happened is not known
+            with self._names.held(note.name):
+                if datadir.has_note(note):  # not of a rename that was just under way
+                    self._finish_replacement(datadir, note)
+
+    def _finish_replacement(self, datadir: Datadir, note: Replaced) -> None:
+        with contextlib.suppress(ImageNotFound):
+            renamed = note.name and any(d.has_any(note.name) for d in self.datadirs if d.path == note.by)
+            if renamed and datadir.status(note.name).st_ino == note.ino:
+                log.warning("the replacement of image %r was cut short; it is completed", note.name)
+                datadir.unlink(note.name)
+        datadir.forget_replaced(note)
 
 
 def _create_file(datadir: Datadir, name: str, mode: int, owner: Owner) -> tuple[int, os.stat_result]:

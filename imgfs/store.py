@@ -14,9 +14,11 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from imgfs import location as locations
-from imgfs import metadata as labels
 from imgfs import membership, names
+from imgfs import metadata as labels
+from imgfs.catalogue import Catalogue
 from imgfs.config import Config, Reseal
+from imgfs.copies import Copies
 from imgfs.datadir import FULL_ERRNOS, Datadir
 from imgfs.errors import (
     BadLocation,
@@ -34,6 +36,7 @@ from imgfs.errors import (
 )
 from imgfs.hashing import Digests, DigestStream, HashPool, Stop, Verifier, never
 from imgfs.image import Handle, Image
+from imgfs.membership import Returning
 from imgfs.namespace import NOBODY_IN_PARTICULAR, Namespace, Owner
 from imgfs.record import State
 from imgfs.resealing import Resealer
@@ -81,6 +84,9 @@ class ImageStore:
         self._changed: ImageChanged = lambda _name, _bytes: None
         self._watcher: Watcher | None = None
         self._resealer: Resealer | None = None
+        self._copies: Copies | None = None
+        self._returning: Returning | None = None
+        self._catalogue = Catalogue(self.datadirs)
         try:
             self._namespace = Namespace(
                 self.datadirs,
@@ -88,10 +94,14 @@ class ImageStore:
                 self._sealer.forget,
                 thin=config.thin_provisioning,
                 write_once=config.write_once,
+                noted=self._catalogue.note,
             )
         except BaseException:
             self.close()
             raise
+        self._copies = self._namespace.copies
+        self._copies.watch()
+        self._returning = Returning(self.datadirs, self._returned)
         if config.reseal is Reseal.BACKGROUND:
             self._resealer = Resealer(self._namespace, self._reseal_here)
 
@@ -105,12 +115,17 @@ class ImageStore:
 
     def close(self) -> None:
         """Finish the seals that need no reading, leave the others stale, and let go of the datadirs."""
+        if self._returning:
+            self._returning.close()
         if self._watcher:
             self._watcher.close()
         self._sealer.close()
         if self._resealer:
             self._resealer.close()
         self._pool.close()
+        if self._copies:
+            self._copies.close()
+        self._catalogue.close()
         for datadir in self.datadirs:
             datadir.close()
 
@@ -123,8 +138,18 @@ class ImageStore:
         self._watcher = watch(self.datadirs, self._changed_directly)
         return self._watcher is not None
 
+    def _returned(self, datadir: Datadir) -> None:
+        """Serve a datadir that was absent and is open now."""
+        self._namespace.finish_replacements_in(datadir)
+        datadir.come_back()
+        for other in self.online_datadirs():
+            self._namespace.finish_replacements_in(other)
+        self._namespace.copies.look()
+        self._changed(None, True)
+
     def _sealed(self, image: Image) -> None:
         if image.name is not None:
+            self._catalogue.note(image.datadir, image.name)
             self._changed(image.name, False)
         self._namespace.let_go(image)
 
@@ -135,6 +160,8 @@ class ImageStore:
             return
         busy = {image.name for image in self._namespace.live_images() if image.unsealed or image.sealing}
         names_told = told.keys() - busy
+        if names_told and len(self.datadirs) > 1:
+            self._namespace.copies.suspect(names_told)
         for name in names_told:
             self._changed(name, told[name])
         if names_told:
