@@ -71,7 +71,7 @@ def parse(line: bytes) -> tuple[str, Listed | None] | None:
         name, *fields = json.loads(line)
         names.check(name)
         return name, _listed(*fields) if fields else None
-    except (ValueError, TypeError, AttributeError, RecursionError, InvalidName):
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError, InvalidName):
         return None
 
 

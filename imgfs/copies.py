@@ -97,10 +97,12 @@ class Copies:
         self._wake = threading.Event()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
+        self._found: Callable[[str], None] = lambda _name: None
         self.names: set[str] = set()  # changed under _lock, read without
 
-    def watch(self) -> None:
-        """Start to look, first through all datadirs. Where there is one only, there is nothing to look for."""
+    def watch(self, found: Callable[[str], None]) -> None:
+        """Start to look, first through all datadirs, and tell of each doubled name: another copy may be served now."""
+        self._found = found
         if len(self._datadirs) > 1:
             self._thread = threading.Thread(target=self._run, name="imgfs-copies", daemon=True)
             self._thread.start()
@@ -154,6 +156,7 @@ class Copies:
             if len(found) > 1:
                 with self._lock:
                     self.names.add(name)
+                self._found(name)
                 told += 1
                 if told <= MOST_TOLD:
                     log.warning("image %r lies in more than one datadir: %s; remove what is not wanted there",

@@ -100,7 +100,7 @@ class ImageStore:
             self.close()
             raise
         self._copies = self._namespace.copies
-        self._copies.watch()
+        self._copies.watch(lambda name: self._changed(name, True))
         self._returning = Returning(self.datadirs, self._returned)
         if config.reseal is Reseal.BACKGROUND:
             self._resealer = Resealer(self._namespace, self._reseal_here)
