@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from imgfs import record
-from imgfs.datadir import Datadir
+from imgfs.datadir import Datadir, answers
 from imgfs.errors import ImageNotFound, NameDoubled
 from imgfs.record import State
 
@@ -47,8 +47,8 @@ class Copy:
 
 def copies_of(name: str, datadirs: Iterable[Datadir], is_saving: IsSaving = lambda _: False) -> list[Copy]:
     """The files that have a name in datadirs that can be asked, the one to be served first."""
-    found = [copy for datadir in datadirs if datadir.offline is None for copy in _copies_in(datadir, name, is_saving)]
-    return sorted(found, key=lambda copy: copy.rank, reverse=True)
+    found = answers(datadirs, lambda datadir: _copies_in(datadir, name, is_saving))
+    return sorted((copy for copies in found for copy in copies), key=lambda copy: copy.rank, reverse=True)
 
 
 def _copies_in(datadir: Datadir, name: str, is_saving: IsSaving) -> list[Copy]:
@@ -77,8 +77,7 @@ def doubled(datadirs: Iterable[Datadir]) -> set[str]:
     seen: set[str] = set()
     found: set[str] = set()
     for datadir in datadirs:
-        if datadir.offline is None:
-            here = {entry.name for entry in datadir.entries()}
+        for here in answers([datadir], lambda datadir: {entry.name for entry in datadir.entries()}):
             found |= seen & here
             seen |= here
     return found
@@ -101,7 +100,7 @@ class Copies:
         self.names: set[str] = set()  # changed under _lock, read without
 
     def watch(self, found: Callable[[str], None]) -> None:
-        """Start to look, first through all datadirs, and tell of each doubled name: another copy may be served now."""
+        """Start to look, first through all datadirs; `found` is told each doubled name, as another copy may count."""
         self._found = found
         if len(self._datadirs) > 1:
             self._thread = threading.Thread(target=self._run, name="imgfs-copies", daemon=True)
@@ -147,8 +146,7 @@ class Copies:
 
     def _settle(self, suspects: Iterable[str]) -> None:
         """Find out which names are doubled indeed; each is told once."""
-        online = [datadir for datadir in self._datadirs if datadir.offline is None]
-        seen_twice = [n for n in suspects if n not in self.names and sum(d.find(n) is not None for d in online) > 1]
+        seen_twice = [name for name in suspects if name not in self.names and self._has_two(name)]
         told = 0
         for name in sorted(seen_twice):
             with self._held(name):
@@ -163,6 +161,9 @@ class Copies:
                                 name, described(found))  # fmt: skip
         if told > MOST_TOLD:
             log.warning("%d more images lie in more than one datadir; imgfs check names them", told - MOST_TOLD)
+
+    def _has_two(self, name: str) -> bool:
+        return sum(answers(self._datadirs, lambda datadir: datadir.find(name) is not None)) > 1
 
     def of(self, name: str) -> list[Copy]:
         """The copies of a doubled name, the served one first; a name that is doubled no more is forgotten."""

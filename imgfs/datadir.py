@@ -17,10 +17,10 @@ import os
 import secrets
 import stat
 import time
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import ParamSpec, TypeVar, cast
 
 from imgfs import identity, linux, mount_table, names
 from imgfs.config import DatadirConfig, Mode
@@ -31,11 +31,17 @@ log = logging.getLogger(__name__)
 
 FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """What a datadir says when it can't take an image for want of room."""
+LOST_ERRNOS = frozenset(
+    {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENXIO, errno.ENODEV, errno.ESHUTDOWN, errno.ECONNABORTED}
+)
+"""What a datadir's root says when the filesystem below is gone; of a file it may concern that file only."""
 UNTOLD_BYTES = 1 << 50
 """What counts as free where a filesystem does not tell its size at all (ramfs, some network filesystems)."""
 LOCK_WAIT_SECONDS = 10.0
 _LOCK_RETRY_SECONDS = 0.05
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +162,53 @@ class Datadir:
         """Raise DatadirOffline where it is offline."""
         if self.offline is not None:
             raise DatadirOffline(f"datadir {self.path} is offline: {self.offline}")
+
+    def is_lost(self, error: OSError) -> bool:
+        """Whether an error means that the datadir itself, not one file, can't be reached; then it is offline now."""
+        if self.offline is not None:
+            return True
+        if error.errno not in LOST_ERRNOS:
+            return False
+        try:
+            self.check_root()
+        except OSError as found:
+            if found.errno in LOST_ERRNOS:
+                self.go_offline(f"its root gives: {found.strerror}")
+        return self.offline is not None
+
+    def check_root(self) -> None:
+        """Look at the root in every way that imgfs does; raises what a dead filesystem says. Changes nothing."""
+        os.fstat(self.fd)
+        os.fstatvfs(self.fd)
+        self.has_any(f"{names.OWN_DIRECTORY}-{secrets.token_hex(4)}")  # a name that no cache knows
+        fd = os.open(".", _DIRECTORY, dir_fd=self.fd)
+        try:
+            with os.scandir(fd) as found:
+                next(found, None)
+        finally:
+            os.close(fd)
+
+    # --- calls, which a datadir with a timeout watches (timed.py) ---
+
+    def ask(self, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+        """Make a call that asks something. Raises DatadirOffline where it is refused, or answered too late."""
+        return call(*args, **options)
+
+    def obtain(self, undo: Callable[[T], None], call: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:  # noqa: ARG002
+        """The same for a call whose answer is to be undone where it comes too late."""
+        return call(*args, **options)
+
+    def attempt(self, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+        """Make a call that does something, which counts however late. Raises DatadirOffline where it is refused."""
+        return call(*args, **options)
+
+    def finish(self, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+        """Make a call that is part of what was begun, so never refused; it may wait for all that was written."""
+        return call(*args, **options)
+
+    def has_stuck(self, _thread: int) -> bool:
+        """Whether a thread is stuck in a call here."""
+        return False
 
     # --- what may be done ---
 
@@ -414,6 +467,19 @@ class Datadir:
             self._xattrs_fd = None if own is None else self._own_directory("xattrs", own)
             below = None if self._xattrs_fd is None else SidecarXattrs(self._xattrs_fd)
         return below if below and self.writable else ReadOnlyXattrs(below)
+
+
+def answers(datadirs: Iterable[Datadir], ask: Callable[[Datadir], T]) -> list[T]:
+    """What each datadir that is online answers; one that turns out to be lost is passed over."""
+    given = []
+    for datadir in datadirs:
+        if datadir.offline is None:
+            try:
+                given.append(ask(datadir))
+            except OSError as error:
+                if not datadir.is_lost(error):
+                    raise
+    return given
 
 
 def give_tags(datadirs: list[Datadir]) -> None:

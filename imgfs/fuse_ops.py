@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from imgfs.attributes import ImageAttributes, RootAttributes
+from imgfs.calls import Call
 from imgfs.datadir import Datadir
 from imgfs.errors import NotPermitted
 from imgfs.hashing import never
@@ -107,6 +108,10 @@ class ImageOperations:
         """Have `changed` called when an image changes otherwise than by a request; see ImageStore.on_change."""
         return self._store.on_change(changed)
 
+    def on_stuck(self, stuck: Callable[[list[Call]], None]) -> None:
+        """Have `stuck` called with calls that a datadir does not answer; see ImageStore.on_stuck."""
+        self._store.on_stuck(stuck)
+
     def init(self, _path: str) -> None:
         """The mount is about to answer."""
         self._ready()
@@ -167,7 +172,7 @@ class ImageOperations:
 
     def _root_status(self) -> dict[str, int]:
         """The root shows the first datadir's owner and mode, and the latest times of all that are online."""
-        first, *others = [datadir.directory_status() for datadir in self._store.online_datadirs()] or [os.stat(ROOT)]
+        first, *others = self._store.answers(Datadir.directory_status) or [os.stat(ROOT)]
         size, blocks = first.st_size, first.st_blocks
         atime, mtime, ctime = first.st_atime_ns, first.st_mtime_ns, first.st_ctime_ns
         for other in others:  # the kernel asks for this after each create and each unlink
@@ -246,7 +251,7 @@ class ImageOperations:
 
     def statfs(self, _path: str) -> dict[str, int]:
         """statvfs(3): the sum of the filesystems below, each counted once."""
-        below = {datadir.directory_status().st_dev: datadir.filesystem() for datadir in self._store.online_datadirs()}
+        below = dict(self._store.answers(lambda datadir: (datadir.device, datadir.filesystem())))
         totals = {
             key: sum(getattr(numbers, key) * numbers.f_frsize // STATFS_BLOCK_BYTES for numbers in below.values())
             for key in ("f_blocks", "f_bfree", "f_bavail")
@@ -384,7 +389,7 @@ class ImageOperations:
     def statx(self, path: str | None, fh: int | None = None) -> dict[str, int]:
         """What `getattr` gives, and as `st_birthtime` when the file was made (ns), where that is known (statx(2))."""
         if path == ROOT:
-            return self._root_status() | _born(self._store.datadirs[0].fd)
+            return self._root_status() | next((_born(datadir.fd) for datadir in self._store.online_datadirs()), {})
         with self._image(path, fh) as image:
             return _described(image.datadir, image.status()) | _born(image.path_fd)
 
@@ -420,6 +425,11 @@ class ImageOperations:
             self._store.exchange(_name(old), _name(new))
         else:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return 0
+
+    def discard(self, fh: int) -> int:
+        """Remove an image that was just created, and is empty: nobody ever heard of it."""
+        self._store.discard(self._handle(fh))
         return 0
 
     def passthrough_fd(self, fh: int) -> int | None:

@@ -57,6 +57,7 @@ class Hole:
 
 Chunk = bytes | memoryview | Hole
 Stop = Callable[[], bool]
+Pread = Callable[[int, int, int], bytes]
 
 
 def never() -> bool:
@@ -322,8 +323,15 @@ def data_spans(fd: int, size: int) -> Iterator[tuple[int, int]]:
         end = hole
 
 
-def digest_file(fd: int, size: int, pool: HashPool, algo: str, stop: Stop = never) -> Digests:
-    """Read `size` bytes of a file and give their digests; holes are not read.
+def digest_file(  # noqa: PLR0917
+    fd: int,
+    size: int,
+    pool: HashPool,
+    algo: str,
+    stop: Stop = never,
+    pread: Pread = os.pread,
+) -> Digests:
+    """Read `size` bytes of a file, by `pread`, and give their digests; holes are not read.
 
     Raises Interrupted once `stop()` is true, ImageChanging where the file turns out shorter, and the OSError of a
     failing read.
@@ -335,7 +343,7 @@ def digest_file(fd: int, size: int, pool: HashPool, algo: str, stop: Stop = neve
             while offset < end:
                 if stop():
                     raise Interrupted("the reading for digests was given up")
-                chunk = os.pread(fd, min(READ_BYTES, end - offset), offset)
+                chunk = pread(fd, min(READ_BYTES, end - offset), offset)
                 if not chunk:
                     raise ImageChanging("the file became shorter while it was read")
                 stream.write(offset, chunk, stop)

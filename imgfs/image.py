@@ -96,17 +96,27 @@ class Image:
 
     def open_for_read(self) -> int:
         """A descriptor that can be read from, shared by all handles."""
-        with self.lock:
-            if self._read_fd is None and self._write_fd is None:
-                self._read_fd = os.open(proc_path(self.path_fd), _READ)
-            return self.fd
+        if self._read_fd is None and self._write_fd is None:
+            with self.change_lock:
+                if self._read_fd is None and self._write_fd is None:
+                    self._read_fd = self.datadir.obtain(os.close, os.open, proc_path(self.path_fd), _READ)
+        return self.fd
 
     def open_for_write(self) -> int:
         """A descriptor that can be read from and written to, shared by all writers."""
-        with self.lock:
-            if self._write_fd is None:
-                self._write_fd = os.open(proc_path(self.path_fd), _WRITE)
-            return self._write_fd
+        if self._write_fd is None:
+            with self.change_lock:
+                if self._write_fd is None:
+                    self._write_fd = self.datadir.obtain(os.close, os.open, proc_path(self.path_fd), _WRITE)
+        return self._write_fd
+
+    def read(self, size: int, offset: int) -> bytes:
+        """pread(2)."""
+        return os.pread(self.fd, size, offset)
+
+    def sync(self, data_only: bool = False) -> None:
+        """fsync(2) or fdatasync(2)."""
+        self.datadir.finish(os.fdatasync if data_only else os.fsync, self.open_for_read())
 
     def adopt(self, fd: int) -> None:
         """Write through the descriptor of a file that was just created; its bytes are all still to come."""
@@ -175,7 +185,10 @@ class Image:
             fd = self.open_for_write()
             self._before_change()
             try:
-                os.ftruncate(fd, size)
+                self.datadir.finish(os.ftruncate, fd, size)
+            except OSError:
+                self._doubt_stream()
+                raise
             finally:
                 self._after_change()
             if self.lacking_at is not None and size <= self.lacking_at:
@@ -193,10 +206,9 @@ class Image:
             fd = self.open_for_write()
             self._before_change()
             try:
-                fallocate(fd, mode, offset, length)
+                self.datadir.finish(fallocate, fd, mode, offset, length)
             except OSError:
-                if self._stream is not None:
-                    self._stream.break_off()  # some of it may have been done
+                self._doubt_stream()
                 raise
             finally:
                 self._after_change()
@@ -209,7 +221,9 @@ class Image:
             fd = self.open_for_write()
             self._before_change()
             try:
-                copied = os.copy_file_range(source.fd, fd, length, source_offset, offset)
+                copied = self.datadir.finish(
+                    source.datadir.finish, os.copy_file_range, source.fd, fd, length, source_offset, offset
+                )
             except OSError as error:
                 self._note_lack(error, offset)
                 raise
@@ -229,7 +243,7 @@ class Image:
         if self._write_once and self.state() is State.ACTIVE:
             raise NotPermitted(f"image {self.name!r} is complete, and the store is write-once")
         if self._drop_record():
-            os.fsync(self.open_for_write())
+            self.sync()
         with self.lock:
             self.unsealed = True
             self.failed = False
@@ -239,6 +253,13 @@ class Image:
     def _note_lack(self, error: OSError, offset: int) -> None:
         if error.errno in FULL_ERRNOS:
             self.lacking_at = offset
+        else:
+            self._doubt_stream()
+
+    def _doubt_stream(self) -> None:
+        """After an error nobody knows what was done, or will be done yet: the digests are to come from the file."""
+        if self._stream is not None:
+            self._stream.break_off()
 
     def _drop_record(self) -> bool:
         try:
@@ -274,7 +295,7 @@ class Image:
         with self.change_lock:
             before = self.status()
             held = None if self.unsealed else self.stored_record()
-            set_times(proc_path(self.path_fd), times_ns)
+            self.datadir.attempt(set_times, proc_path(self.path_fd), times_ns)
             after = self.status()
             if self.mtime_ns == before.st_mtime_ns:
                 self.mtime_ns = after.st_mtime_ns
@@ -283,11 +304,11 @@ class Image:
 
     def set_mode(self, mode: int) -> None:
         """fchmod(2)."""
-        os.chmod(proc_path(self.path_fd), mode)
+        self.datadir.attempt(os.chmod, proc_path(self.path_fd), mode)
 
     def set_owner(self, uid: int, gid: int) -> None:
         """fchown(2); -1 leaves one as it is."""
-        os.chown(proc_path(self.path_fd), uid, gid)
+        self.datadir.attempt(os.chown, proc_path(self.path_fd), uid, gid)
 
     # --- state ---
 
@@ -384,9 +405,10 @@ class Image:
             return not (self.unsealed and self.writers)
 
     def wait_while_sealing(self, interrupted: Callable[[], bool]) -> None:
-        """Wait until nobody writes and no seal is under way; raises Interrupted when the caller is."""
+        """Wait until nobody writes and no seal is under way. Raises Interrupted, DatadirOffline."""
         with self.lock:
             while self.sealing or (self.unsealed and self.writers):
+                self.datadir.require_online()
                 if interrupted():
                     raise Interrupted("interrupted while waiting for the image to be sealed")
                 self.lock.wait(WAIT_SECONDS)
@@ -424,7 +446,7 @@ class Handle:
     def read(self, size: int, offset: int) -> bytes:
         """At most `size` bytes from `offset`; empty at the end. Raises EIO for a failed image."""
         self.require_readable()
-        return os.pread(self.image.fd, size, offset)
+        return self.image.read(size, offset)
 
     def require_readable(self) -> None:
         """Raise ImageFailed where the image failed an expectation."""
@@ -458,7 +480,7 @@ class Handle:
 
     def seek(self, offset: int, whence: int) -> int:
         """lseek(2) with SEEK_DATA or SEEK_HOLE; ENXIO beyond the end."""
-        return os.lseek(self.image.fd, offset, whence)
+        return self.image.datadir.ask(os.lseek, self.image.fd, offset, whence)
 
     def resting_fd(self) -> int | None:
         """A descriptor whose bytes are those of the image for as long as it is open, or None.
@@ -505,7 +527,7 @@ class Handle:
 
     def sync(self, data_only: bool = False) -> None:
         """fsync(2) or fdatasync(2)."""
-        (os.fdatasync if data_only else os.fsync)(self.image.fd)
+        self.image.sync(data_only)
 
     def _require_writable(self) -> None:
         if not self.writable:

@@ -20,6 +20,7 @@ from imgfs.config import Config, DatadirConfig, MissingDatadirs
 from imgfs.datadir import Datadir, give_tags
 from imgfs.errors import DatadirError
 from imgfs.identity import Judgement, Marker, Verdict, look
+from imgfs.timed import TimedDatadir
 
 log = logging.getLogger(__name__)
 
@@ -66,14 +67,17 @@ def open_datadirs(config: Config) -> list[Datadir]:
     for verdict in judgement.verdicts:
         if verdict.moved_from is not None:
             log.warning("datadir %s was at %s before; its marker says so", verdict.path, verdict.moved_from)
-    return _opened(judgement, config.file_perm)
+    return _opened(judgement, config)
 
 
-def _opened(judgement: Judgement, file_perm: int) -> list[Datadir]:
+def _opened(judgement: Judgement, config: Config) -> list[Datadir]:
+    kind = TimedDatadir if config.timeout_seconds else Datadir
     datadirs: list[Datadir] = []
     try:
         for verdict in sorted(judgement.verdicts, key=lambda v: -v.config.priority):
-            datadirs.append(Datadir(verdict.config, file_perm, known_as=verdict.identity, absence=verdict.absence))
+            datadirs.append(
+                kind(verdict.config, config.file_perm, known_as=verdict.identity, absence=verdict.absence)
+            )
         _keep_markers(datadirs, judgement)
     except BaseException:
         for datadir in datadirs:
@@ -183,7 +187,7 @@ def adopt(config: Config, paths: Collection[str] = ()) -> list[Adopted]:
     wanted = [v for v in judgement.verdicts if (v.path in paths if paths else v.absence) and _is_strange(v, found)]
     foreign = {f.path for f in found if f.marker and f.marker.store != judgement.store}
     verdicts = [Verdict(v.config) if v in wanted else v for v in judgement.verdicts]
-    for datadir in _opened(replace(judgement, verdicts=verdicts), config.file_perm):
+    for datadir in _opened(replace(judgement, verdicts=verdicts), config):
         if datadir.path in foreign and datadir.own_fd is not None:
             catalogue.forget(datadir.own_fd)
         datadir.close()

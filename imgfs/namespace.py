@@ -14,19 +14,21 @@ import logging
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from imgfs import names, placement
 from imgfs.copies import Copies, copies_of, described
-from imgfs.datadir import FULL_ERRNOS, Datadir, Replaced
+from imgfs.datadir import FULL_ERRNOS, Datadir, Entry, Replaced, answers
 from imgfs.errors import ImageExists, ImageNotFound, ImgfsError, NameDoubled, ReservedName, StorageFull
 from imgfs.image import Image, Key, StreamFactory, key_of
-from imgfs.name_locks import NameLocks
+from imgfs.name_locks import NameLocks, Turn
 
 log = logging.getLogger(__name__)
 
 _PASSED_OVER = FULL_ERRNOS | {errno.EROFS}
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,20 +53,22 @@ class Namespace:
         *,
         thin: bool,
         write_once: bool,
+        image_class: type[Image] = Image,
         noted: Callable[[Datadir, str], None] = lambda _datadir, _name: None,
     ) -> None:
         """`removed` is called with each live image that loses its name for good.
 
         `noted` is called with each name in a datadir that was removed or renamed, or renamed to.
         """
+        self._image_class = image_class
         self.datadirs = datadirs
         self._removed = removed
         self._noted = noted
         self._new_stream = new_stream
         self._thin = thin
         self._write_once = write_once
-        self._names = NameLocks()
-        self._placing = threading.Lock()
+        self._names = NameLocks(self._require_not_stuck)
+        self._placing = Turn()
         self._table_lock = threading.Lock()
         self._live: dict[Key, Image] = {}  # guarded by _table_lock
         self._declared: set[Image] = set()  # guarded by _table_lock: live images whose size was declared
@@ -78,12 +82,26 @@ class Namespace:
         """The datadirs that can be asked, highest priority first."""
         return [datadir for datadir in self.datadirs if datadir.offline is None]
 
+    def answers(self, ask: Callable[[Datadir], T]) -> list[T]:
+        """What each datadir that is online answers; one that turns out to be lost is passed over."""
+        return answers(self.datadirs, ask)
+
+    def replace(self, lost: Collection[int]) -> None:
+        """Nobody waits for these threads, which are stuck in a datadir."""
+        self._placing.take_from(lost)
+
+    def _require_not_stuck(self, thread: int) -> None:
+        """Raise DatadirOffline where a thread is stuck in a datadir."""
+        for datadir in self.datadirs:
+            if datadir.has_stuck(thread):
+                datadir.require_online()
+
     def listing(self) -> Iterator[tuple[str, int]]:
         """Every image, once: its name and its inode number. Those of a datadir that is offline are left out."""
         seen: set[str] = set()
         doubled: list[str] = []
         for datadir in self.online():
-            for entry in datadir.entries():
+            for entry in _entries(datadir):
                 if entry.name in seen:
                     doubled.append(entry.name)
                     continue
@@ -110,7 +128,12 @@ class Namespace:
             return found[0].datadir, found[0].status
         for datadir in self.datadirs:
             if datadir.offline is None:
-                status = datadir.find(name)
+                try:
+                    status = datadir.find(name)
+                except OSError as error:
+                    if not datadir.is_lost(error):
+                        raise
+                    continue
                 if status is not None:
                     return datadir, status
         self._require_not_offline(name)
@@ -141,11 +164,17 @@ class Namespace:
         """The image of a name with one more reference, which `let_go` takes back. Raises ImageNotFound."""
         self._check_known(name)
         for datadir in self._having(name):
-            with contextlib.suppress(ImageNotFound):
+            try:
                 path_fd = datadir.pin(name)
-                image = self._shared(self._image(datadir, name, path_fd, os.fstat(path_fd)))
-                self._keep_name(image, name)
-                return image
+            except ImageNotFound:
+                continue
+            except OSError as error:
+                if not datadir.is_lost(error):
+                    raise
+                continue
+            image = self._shared(self._image(datadir, name, path_fd, os.fstat(path_fd)))
+            self._keep_name(image, name)
+            return image
         self._require_not_offline(name)
         raise ImageNotFound(f"no image {name!r}")
 
@@ -205,7 +234,9 @@ class Namespace:
             raise ImageNotFound(f"no image {name!r}") from None
 
     def _image(self, datadir: Datadir, name: str, path_fd: int, status: os.stat_result) -> Image:
-        return Image(datadir, name, path_fd, status, self._new_stream, thin=self._thin, write_once=self._write_once)
+        return self._image_class(
+            datadir, name, path_fd, status, self._new_stream, thin=self._thin, write_once=self._write_once
+        )
 
     def _shared(self, fresh: Image) -> Image:
         """The live image of the inode of `fresh`: `fresh` itself where there is none yet."""
@@ -228,11 +259,23 @@ class Namespace:
         with self._names.held(name):
             placed = self._placed(None)
             # The first one placed says itself whether it has the name (O_EXCL), before anything else.
-            if any(datadir.has_any(name) for datadir in self.online() if datadir not in placed[:1]):
+            if self._is_taken(name, but=placed[:1]):
                 raise ImageExists(f"image {name!r} exists")
             self._require_not_offline(name)
             datadir, fd, status = self._create_in(placed, name, mode, owner)
             return self._adopted(self._image(datadir, name, fd, status))
+
+    def _is_taken(self, name: str, but: Container[Datadir]) -> bool:
+        """Whether anything has a name in some datadir other than those given, as far as can be asked."""
+        for datadir in self.datadirs:
+            if datadir.offline is None and datadir not in but:
+                try:
+                    if datadir.has_any(name):
+                        return True
+                except OSError as error:
+                    if not datadir.is_lost(error):
+                        raise
+        return False
 
     def _adopted(self, fresh: Image) -> Image:
         """Enter an image that was just created; somebody may have looked it up already, and entered it before."""
@@ -291,17 +334,28 @@ class Namespace:
             declared = list(self._declared)
             for image in declared:
                 image.references += 1
-        reserved = sum(image.outstanding_bytes() for image in declared if image.datadir.device == datadir.device)
+        reserved = sum(
+            image.outstanding_bytes()
+            for image in declared
+            if image.datadir.device == datadir.device and image.datadir.offline is None
+        )
         for image in declared:
             self.let_go(image)
         return reserved
 
     def _placed(self, size: int | None) -> list[Datadir]:
-        return placement.order((self._candidate(d) for d in self.datadirs if d.takes_images), size)
+        candidates = (self._candidate(datadir) for datadir in self.datadirs if datadir.takes_images)
+        return placement.order([candidate for candidate in candidates if candidate is not None], size)
 
-    def _candidate(self, datadir: Datadir) -> placement.Candidate[Datadir]:
+    def _candidate(self, datadir: Datadir) -> placement.Candidate[Datadir] | None:
+        """None for one that turns out to be lost."""
         kept = self.reserved_bytes(datadir) + datadir.config.min_free_bytes
-        return placement.Candidate(datadir, datadir.priority, datadir.free_bytes() - kept)
+        try:
+            return placement.Candidate(datadir, datadir.priority, datadir.free_bytes() - kept)
+        except OSError as error:
+            if not datadir.is_lost(error):
+                raise
+            return None
 
     def _create_in(
         self, datadirs: Iterable[Datadir], name: str, mode: int, owner: Owner
@@ -309,11 +363,14 @@ class Namespace:
         """A new file in the first datadir that takes it, and its fstat(2) as it was created."""
         for datadir in datadirs:
             try:
-                return datadir, *_create_file(datadir, name, mode, owner)
+                return datadir, *datadir.obtain(
+                    lambda made, datadir=datadir: _unmake_file(datadir, name, made[0]),  # type: ignore[misc]
+                    _create_file, datadir, name, mode, owner,
+                )  # fmt: skip
             except FileExistsError:
                 raise ImageExists(f"image {name!r} exists") from None
             except OSError as error:
-                if error.errno not in _PASSED_OVER:
+                if error.errno not in _PASSED_OVER and not datadir.is_lost(error):
                     raise
                 log.warning("datadir %s is passed over for %r: %s", datadir.path, name, error.strerror)
         raise StorageFull(f"no datadir has room for {name!r}")
@@ -420,11 +477,11 @@ class Namespace:
 
     def _rename(self, image: Image, old: str, new: str, target: Image | None) -> None:
         here = target is not None and target.datadir is image.datadir
-        if any(datadir.has_any(new) for datadir in self.online() if target is None or datadir is not target.datadir):
+        if self._is_taken(new, but=[target.datadir] if target else []):
             self._refuse_taken(new)
         if target is not None:
             # What replaces an image must be on stable storage before that is gone.
-            os.fsync(image.open_for_read())
+            image.sync()
         if target is not None and not here:
             self._replace_elsewhere(image, old, new, target)
         else:
@@ -487,6 +544,15 @@ class Namespace:
         datadir.forget_replaced(note)
 
 
+def _entries(datadir: Datadir) -> Iterator[Entry]:
+    """The images of a datadir, none more once it turns out to be lost."""
+    try:
+        yield from datadir.entries()
+    except OSError as error:
+        if not datadir.is_lost(error):
+            raise
+
+
 def _create_file(datadir: Datadir, name: str, mode: int, owner: Owner) -> tuple[int, os.stat_result]:
     """A new file with exactly this mode, and this owner where the process may give files away."""
     given_away = owner.uid not in (-1, os.geteuid()) or owner.gid not in (-1, os.getegid())
@@ -504,7 +570,11 @@ def _create_file(datadir: Datadir, name: str, mode: int, owner: Owner) -> tuple[
         if given_away or mode != stat.S_IMODE(status.st_mode):
             os.fchmod(fd, mode)
     except BaseException:
-        os.close(fd)
-        datadir.unlink(name)
+        _unmake_file(datadir, name, fd)
         raise
     return fd, status
+
+
+def _unmake_file(datadir: Datadir, name: str, fd: int) -> None:
+    os.close(fd)
+    datadir.unlink(name)

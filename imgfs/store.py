@@ -11,11 +11,12 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol, Self, TypeVar
 
 from imgfs import location as locations
 from imgfs import membership, names
 from imgfs import metadata as labels
+from imgfs.calls import Call
 from imgfs.catalogue import Catalogue
 from imgfs.config import Config, Reseal
 from imgfs.copies import Copies
@@ -35,12 +36,14 @@ from imgfs.errors import (
     WriteDenied,
 )
 from imgfs.hashing import Digests, DigestStream, HashPool, Stop, Verifier, never
+from imgfs.health import Health
 from imgfs.image import Handle, Image
 from imgfs.membership import Returning
 from imgfs.namespace import NOBODY_IN_PARTICULAR, Namespace, Owner
 from imgfs.record import State
 from imgfs.resealing import Resealer
 from imgfs.sealing import Sealer, SealingRules
+from imgfs.timed import TimedImage
 from imgfs.watching import Watcher, watch
 
 log = logging.getLogger(__name__)
@@ -48,7 +51,7 @@ log = logging.getLogger(__name__)
 NEW_IMAGE_MODE = 0o640
 LONG_GAP_BYTES = 64 << 20  # takes 0.1 s to hash; a writer does not wait for more, the image is read again
 
-
+T = TypeVar("T")
 ImageChanged = Callable[[str | None, bool], None]
 """Told a name (None: any; empty: the listing), and whether the bytes may have changed, not only attributes."""
 
@@ -82,8 +85,10 @@ class ImageStore:
         rules = SealingRules(config.hashing_algo, config.file_perm)
         self._sealer = Sealer(self._pool, rules, self._sealed)
         self._changed: ImageChanged = lambda _name, _bytes: None
+        self._stuck: Callable[[list[Call]], None] = lambda _calls: None
         self._watcher: Watcher | None = None
         self._resealer: Resealer | None = None
+        self._health: Health | None = None
         self._copies: Copies | None = None
         self._returning: Returning | None = None
         self._catalogue = Catalogue(self.datadirs)
@@ -94,6 +99,7 @@ class ImageStore:
                 self._sealer.forget,
                 thin=config.thin_provisioning,
                 write_once=config.write_once,
+                image_class=TimedImage if config.timeout_seconds else Image,
                 noted=self._catalogue.note,
             )
         except BaseException:
@@ -101,9 +107,10 @@ class ImageStore:
             raise
         self._copies = self._namespace.copies
         self._copies.watch(lambda name: self._changed(name, True))
-        self._returning = Returning(self.datadirs, self._returned)
         if config.reseal is Reseal.BACKGROUND:
             self._resealer = Resealer(self._namespace, self._reseal_here)
+        self._health = Health(self.datadirs, config.timeout_seconds, self._health_changed, self._calls_stuck)
+        self._returning = Returning(self.datadirs, self._returned)
 
     def __enter__(self) -> Self:
         return self
@@ -120,6 +127,8 @@ class ImageStore:
         if self._watcher:
             self._watcher.close()
         self._sealer.close()
+        if self._health:
+            self._health.close()
         if self._resealer:
             self._resealer.close()
         self._pool.close()
@@ -127,7 +136,24 @@ class ImageStore:
             self._copies.close()
         self._catalogue.close()
         for datadir in self.datadirs:
-            datadir.close()
+            if datadir.offline is None:  # what is stuck in one may still use its descriptors
+                datadir.close()
+
+    def on_stuck(self, stuck: Callable[[list[Call]], None]) -> None:
+        """Have `stuck` called with calls that a datadir, offline by now, has not answered; more than once, maybe."""
+        self._stuck = stuck
+
+    def _calls_stuck(self, calls: list[Call]) -> None:
+        threads = {call.thread for call in calls}
+        self._namespace.replace(threads)
+        self._sealer.replace(threads)
+        self._stuck(calls)
+
+    def _health_changed(self, datadir: Datadir) -> None:
+        if datadir.offline is None:
+            self._sealer.resume(datadir)
+            self._namespace.copies.look()
+        self._changed("", False)
 
     def on_change(self, changed: ImageChanged) -> bool:
         """Have `changed` called when an image changes otherwise than by a call: its seal sets mode and times.
@@ -140,11 +166,12 @@ class ImageStore:
 
     def _returned(self, datadir: Datadir) -> None:
         """Serve a datadir that was absent and is open now."""
-        self._namespace.finish_replacements_in(datadir)
         datadir.come_back()
-        for other in self.online_datadirs():
-            self._namespace.finish_replacements_in(other)
+        for online in self.online_datadirs():
+            self._namespace.finish_replacements_in(online)
         self._namespace.copies.look()
+        if self._health:
+            self._health.watch(datadir)
         self._changed(None, True)
 
     def _sealed(self, image: Image) -> None:
@@ -175,6 +202,10 @@ class ImageStore:
     def online_datadirs(self) -> list[Datadir]:
         """The datadirs that can be asked, highest priority first."""
         return self._namespace.online()
+
+    def answers(self, ask: Callable[[Datadir], T]) -> list[T]:
+        """What each datadir that is online answers; one that turns out to be lost is passed over."""
+        return self._namespace.answers(ask)
 
     def names(self) -> Iterator[str]:
         """The name of every image, once."""
@@ -287,6 +318,11 @@ class ImageStore:
             self._namespace.let_go(image)
         else:
             self._sealer.seal(image)
+
+    def discard(self, handle: Handle) -> None:
+        """Remove a new image through the handle that created it, unless it has bytes by now."""
+        if handle.image.is_new and not handle.status().st_size:
+            self._namespace.discard(handle.image)
 
     def truncate(self, handle: Handle, size: int) -> None:
         """ftruncate(2); on an empty new image the size counts as a declared one, too (for its placement)."""

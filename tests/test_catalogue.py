@@ -96,7 +96,7 @@ HOSTILE = {
     "deep line": b"[" * 3000 + b"\n",
     "not JSON": b"\xff\xfe{]\n",
     "other forms": b'1\nnull\n"a"\n{}\n[]\n[1]\n[["a"]]\n[null,1,2,"active"]\n',
-    "names that can't be": b'["../x",1,1,"stale"]\n["",1,1,"stale"]\n[".imgfs",1,1,"stale"]\n["\\u0000",1,1,"stale"]\n',
+    "names that can't be": b'["../x",1,1,"stale"]\n["",1,1,"stale"]\n[".imgfs",1,1,"stale"]\n["\\u0000",1,1,""]\n',
     "sizes": b'["a",-1,1,"stale"]\n["a",1e999,1,"stale"]\n["a",' + b"9" * 4000 + b',1,"stale"]\n["a",[],1,"stale"]\n',
     "states": b'["a",1,1,"good"]\n["a",1,1,[]]\n["a",1]\n["a",1,1,"active","x","y","z","w"]\n',
     "digests": b'["a",1,1,"active","\\u001b[2J","",""]\n["a",1,1,"active",1,2,3]\n',

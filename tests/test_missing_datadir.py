@@ -293,7 +293,7 @@ def test_disk_that_goes_while_it_is_opened_is_not_written_to(disk: Path, stays: 
     judgement = membership.survey(config.datadirs)
     with taken_out(disk):
         with pytest.raises(DatadirError, match="was taken away"):
-            membership._opened(judgement, 0)
+            membership._opened(judgement, config)
         assert os.listdir(disk) == []
 
 

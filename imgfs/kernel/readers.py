@@ -94,6 +94,12 @@ class Readers:
     def __len__(self) -> int:
         return len(self._threads)
 
+    def lose(self, ident: int) -> None:
+        """A thread is stuck: it counts no more, neither among those there may be nor among those that must end."""
+        with self._changed:
+            self._threads -= {thread for thread in self._threads if thread.ident == ident}
+            self._changed.notify_all()
+
     def run(self, ready: Callable[[], None], on_end: Callable[[], None], end_wait_s: float) -> None:
         """Serve until the connection ends; call `on_end`, and give answers under way `end_wait_s` to finish."""
         watchdog = threading.Thread(target=self._watch, name="fuse-watchdog", daemon=True)
