@@ -72,10 +72,11 @@ def stays(filesystem: Filesystem) -> Path:
 # --- through the mount ---
 
 
+@pytest.mark.parametrize("timeout", [0, 20])
 def test_mount_goes_on_without_a_missing_disk_and_takes_it_in_when_it_is_there(
-    disk: Path, stays: Path, mount: Mounter
+    disk: Path, stays: Path, mount: Mounter, timeout: int
 ) -> None:
-    images = mount([f"{disk}:200", f"{stays}:100"])
+    images = mount([f"{disk}:200", f"{stays}:100"], timeout=timeout)
     content = new_image(images / "there")
     assert_sealed(images / "there")
     new_image(stays / "here")
