@@ -13,6 +13,7 @@ import contextlib
 import errno
 import json
 import logging
+import math
 import os
 import stat
 import threading
@@ -38,9 +39,13 @@ SPARE_LINES = 1000
 MOST_NOTED = 100_000
 """What waits to be written down; where it is more, the datadirs are looked at again instead."""
 FLUSH_SECONDS = 1.0
+"""How long nothing new may have been noted before it is written down."""
+LATEST_SECONDS = 15.0
+"""When it is written down though more keeps coming."""
 _SHARE_OF_TIME = 0.1
-_BATCH = 500
-_BREATH_SECONDS = 0.05
+_BATCH = 512
+_SLICE = 16
+_BREATH_SECONDS = 0.01
 _END_SECONDS = 5.0
 
 
@@ -227,6 +232,8 @@ class Catalogue:
         self._closing = threading.Event()
         self._offline: set[Datadir] = set()
         self._journals: dict[tuple[str, str], Journal] = {}
+        self._noted_before = 0
+        self._noted_since = 0.0
         self._thread: threading.Thread | None = None
         if len(datadirs) > 1:
             self._follow_offline()
@@ -254,11 +261,19 @@ class Catalogue:
                 if not looked:
                     self._look_at_all()
                 looked = True
-                self._write_noted(time.monotonic() + _END_SECONDS)
+                if self._has_settled(started):
+                    self._write_noted()
             except Exception:
                 log.exception("the lists of the datadirs could not be kept; it is tried again")
             pause = max(FLUSH_SECONDS, (time.monotonic() - started) / _SHARE_OF_TIME)
         self._write_noted(time.monotonic() + _END_SECONDS)
+
+    def _has_settled(self, now: float) -> bool:
+        """Whether no more comes at this moment: what follows on a name (a rename, its removal) is listed at once."""
+        before, self._noted_before = self._noted_before, len(self._noted)
+        if before == 0:
+            self._noted_since = now
+        return before == len(self._noted) or now - self._noted_since > LATEST_SECONDS
 
     # --- datadirs that are offline ---
 
@@ -289,7 +304,7 @@ class Catalogue:
 
     # --- writing ---
 
-    def _write_noted(self, deadline: float) -> None:
+    def _write_noted(self, deadline: float = math.inf) -> None:
         """Write down what was noted, in batches, until a moment."""
         while self._noted and time.monotonic() < deadline:
             batch: dict[Datadir, dict[str, None]] = {}
@@ -299,7 +314,14 @@ class Catalogue:
                     batch.setdefault(datadir, {})[name] = None
             for datadir, noted in batch.items():
                 if datadir.offline is None:
-                    self._append(datadir, [line for name in noted if (line := _line_now(datadir, name))])
+                    self._append(datadir, [line for line in self._lines_now(datadir, noted) if line])
+        self._noted_before = 0
+
+    def _lines_now(self, datadir: Datadir, noted: Iterable[str]) -> Iterator[bytes | None]:
+        for number, name in enumerate(noted, 1):
+            yield _line_now(datadir, name)
+            if number % _SLICE == 0:
+                self._breathe()
 
     def _append(self, subject: Datadir, lines: Sequence[bytes]) -> None:
         for journal in self._kept(subject):
@@ -327,7 +349,7 @@ class Catalogue:
             status = subject.find(entry.name)
             if status is not None:
                 there[entry.name] = status.st_size, status.st_mtime_ns
-            if len(there) % _BATCH == 0 and self._breathe():
+            if len(there) % (4 * _SLICE) == 0 and self._breathe():
                 return None
         return there
 
@@ -343,7 +365,7 @@ class Catalogue:
                 asked += 1
                 if line is not None and (known is None or line != line_of(name, known)):
                     lines.append(line)
-                if asked % _BATCH == 0 and self._breathe():
+                if asked % _SLICE == 0 and self._breathe():
                     break
         journal.append(lines)
 

@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 MOST_TOLD = 20
 SETTLE_SECONDS = 0.2
 _END_SECONDS = 5.0
+_SLICE = 32
+_BREATH_SECONDS = 0.005
 
 IsSaving = Callable[[os.stat_result], bool]
 Held = Callable[[str], AbstractContextManager[None]]
@@ -146,7 +148,12 @@ class Copies:
 
     def _settle(self, suspects: Iterable[str]) -> None:
         """Find out which names are doubled indeed; each is told once."""
-        seen_twice = [name for name in suspects if name not in self.names and self._has_two(name)]
+        seen_twice = []
+        for number, name in enumerate(suspects, 1):
+            if name not in self.names and self._has_two(name):
+                seen_twice.append(name)
+            if number % _SLICE == 0:
+                self._closing.wait(_BREATH_SECONDS)  # leave most of the time to requests
         told = 0
         for name in sorted(seen_twice):
             with self._held(name):
