@@ -180,7 +180,9 @@ class Datadir:
         """Look at the root in every way that imgfs does; raises what a dead filesystem says. Changes nothing."""
         os.fstat(self.fd)
         os.fstatvfs(self.fd)
-        self.has_any(f"{names.OWN_DIRECTORY}-{secrets.token_hex(4)}")  # a name that no cache knows
+        unheard_of = f"{names.OWN_DIRECTORY}-{secrets.token_hex(4)}"  # no cache answers for it
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(unheard_of, dir_fd=self.fd, follow_symlinks=False)
         fd = os.open(".", _DIRECTORY, dir_fd=self.fd)
         try:
             with os.scandir(fd) as found:

@@ -172,7 +172,7 @@ class ImageOperations:
 
     def _root_status(self) -> dict[str, int]:
         """The root shows the first datadir's owner and mode, and the latest times of all that are online."""
-        first, *others = self._store.answers(Datadir.directory_status) or [os.stat(ROOT)]
+        first, *others = self._store.answers(lambda datadir: datadir.directory_status()) or [os.stat(ROOT)]
         size, blocks = first.st_size, first.st_blocks
         atime, mtime, ctime = first.st_atime_ns, first.st_mtime_ns, first.st_ctime_ns
         for other in others:  # the kernel asks for this after each create and each unlink

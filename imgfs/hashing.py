@@ -329,9 +329,9 @@ def digest_file(  # noqa: PLR0917
     pool: HashPool,
     algo: str,
     stop: Stop = never,
-    pread: Pread = os.pread,
+    pread: Pread | None = None,
 ) -> Digests:
-    """Read `size` bytes of a file, by `pread`, and give their digests; holes are not read.
+    """Read `size` bytes of a file, by pread(2) or what stands for it, and give their digests; holes are not read.
 
     Raises Interrupted once `stop()` is true, ImageChanging where the file turns out shorter, and the OSError of a
     failing read.
@@ -343,7 +343,7 @@ def digest_file(  # noqa: PLR0917
             while offset < end:
                 if stop():
                     raise Interrupted("the reading for digests was given up")
-                chunk = pread(fd, min(READ_BYTES, end - offset), offset)
+                chunk = (pread or os.pread)(fd, min(READ_BYTES, end - offset), offset)
                 if not chunk:
                     raise ImageChanging("the file became shorter while it was read")
                 stream.write(offset, chunk, stop)

@@ -91,7 +91,7 @@ class Health:
     # --- the root ---
 
     def _probe(self, datadir: Datadir) -> None:
-        offline_before = False
+        told_offline = False  # who finds it lost in the middle of a call does not tell
         while not self._closing.wait(self._probe_pause(datadir)):
             error = _error_of_root(datadir)
             if self._closing.is_set():
@@ -100,8 +100,10 @@ class Health:
                 datadir.go_offline(f"its root gives: {error.strerror}")
             elif datadir.offline is not None and error is None and not self._has_overdue(datadir):
                 datadir.come_back()
-            if offline_before != (datadir.offline is not None):
-                offline_before = not offline_before
+                told_offline = False
+                self._tell(datadir)
+            if datadir.offline is not None and not told_offline:
+                told_offline = True
                 self._tell(datadir)
 
     def _probe_pause(self, datadir: Datadir) -> float:

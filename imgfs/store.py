@@ -130,7 +130,7 @@ class ImageStore:
         if self._health:
             self._health.close()
         if self._resealer:
-            self._resealer.close()
+            self._resealer.close(lambda: any(datadir.offline is not None for datadir in self.datadirs))
         self._pool.close()
         if self._copies:
             self._copies.close()

@@ -27,6 +27,7 @@ LOCAL = frozenset(
 """Filesystems on which nobody but this machine makes changes."""
 BURST_EVENTS = 64
 PAUSE_SECONDS = 0.02
+END_SECONDS = 5.0
 _IDLE_MS = 500
 
 Changed = Callable[[dict[str, bool] | None], None]
@@ -59,10 +60,11 @@ class Watcher:
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread, unless it is stuck where it looks for what changed."""
         self._closing.set()
-        self._thread.join()
-        self._inotify.close()
+        self._thread.join(END_SECONDS)
+        if not self._thread.is_alive():
+            self._inotify.close()
 
     def _run(self) -> None:
         burst, latest = 0, 0.0

@@ -49,8 +49,7 @@ class Workers:
         with self._lock:
             self._closed = True
             threads = list(self._threads)
-            for _ in threads:
-                self._jobs.put(None)
+        self._jobs.put(None)
         for thread in threads:
             while thread.is_alive() and not give_up():
                 thread.join(_POLL_SECONDS)
@@ -69,6 +68,7 @@ class Workers:
                 log.exception("a job of %s failed unexpectedly", self._name)
             if threading.current_thread() not in self._threads:
                 return  # it was taken for lost
+        self._jobs.put(None)  # for the next one
 
     def _next(self) -> Job | None:
         try:
