@@ -47,6 +47,7 @@ _BATCH = 512
 _SLICE = 16
 _BREATH_SECONDS = 0.01
 _END_SECONDS = 5.0
+_STUCK_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +233,7 @@ class Catalogue:
         self._closing = threading.Event()
         self._offline: set[Datadir] = set()
         self._journals: dict[tuple[str, str], Journal] = {}
+        self._closed = False  # the descriptors of the datadirs are not to be used any more
         self._noted_before = 0
         self._noted_since = 0.0
         self._thread: threading.Thread | None = None
@@ -249,7 +251,9 @@ class Catalogue:
         """Write down what is noted, and end the thread; but wait for no disk that hangs."""
         self._closing.set()
         if self._thread is not None:
-            self._thread.join(2 * _END_SECONDS)
+            hung = any(datadir.offline is not None and datadir.is_open for datadir in self._datadirs)
+            self._thread.join(_STUCK_SECONDS if hung else 2 * _END_SECONDS)
+            self._closed = True
 
     def _run(self) -> None:
         looked = False
@@ -263,10 +267,11 @@ class Catalogue:
                 looked = True
                 if self._has_settled(started):
                     self._write_noted()
-            except Exception:
-                log.exception("the lists of the datadirs could not be kept; it is tried again")
+            except OSError as error:
+                log.info("the lists of the datadirs can't be kept, to be tried again: %s", error)
             pause = max(FLUSH_SECONDS, (time.monotonic() - started) / _SHARE_OF_TIME)
-        self._write_noted(time.monotonic() + _END_SECONDS)
+        with contextlib.suppress(OSError):
+            self._write_noted(time.monotonic() + _END_SECONDS)
 
     def _has_settled(self, now: float) -> bool:
         """Whether no more comes at this moment: what follows on a name (a rename, its removal) is listed at once."""
@@ -306,7 +311,7 @@ class Catalogue:
 
     def _write_noted(self, deadline: float = math.inf) -> None:
         """Write down what was noted, in batches, until a moment."""
-        while self._noted and time.monotonic() < deadline:
+        while self._noted and time.monotonic() < deadline and not self._closed:
             batch: dict[Datadir, dict[str, None]] = {}
             with contextlib.suppress(IndexError):
                 for _ in range(_BATCH):
@@ -326,7 +331,8 @@ class Catalogue:
     def _append(self, subject: Datadir, lines: Sequence[bytes]) -> None:
         for journal in self._kept(subject):
             with _told(subject):
-                journal.append(lines)
+                if not self._closed:
+                    journal.append(lines)
 
     # --- looking ---
 
@@ -336,9 +342,11 @@ class Catalogue:
             journals = list(self._kept(subject))
             if subject.offline is not None or not journals:
                 continue
-            there = self._statuses(subject)
+            there = None
+            with _told(subject):
+                there = self._statuses(subject)
             for journal in journals:
-                if there is not None:
+                if there is not None and not self._closing.is_set():
                     with _told(subject):
                         self._correct(subject, journal, there)
 
@@ -367,7 +375,8 @@ class Catalogue:
                     lines.append(line)
                 if asked % _SLICE == 0 and self._breathe():
                     break
-        journal.append(lines)
+        if not self._closed:
+            journal.append(lines)
 
     def _breathe(self) -> bool:
         """Leave most of the time to others; True where the end has come."""

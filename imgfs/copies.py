@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 MOST_TOLD = 20
 SETTLE_SECONDS = 0.2
 _END_SECONDS = 5.0
+_STUCK_SECONDS = 0.5
 _SLICE = 32
 _BREATH_SECONDS = 0.005
 
@@ -113,7 +114,8 @@ class Copies:
         self._closing.set()
         self._wake.set()
         if self._thread is not None:
-            self._thread.join(_END_SECONDS)
+            hung = any(datadir.offline is not None and datadir.is_open for datadir in self._datadirs)
+            self._thread.join(_STUCK_SECONDS if hung else _END_SECONDS)
 
     def suspect(self, names: Iterable[str]) -> None:
         """Have somebody look soon whether names are doubled."""
@@ -152,10 +154,10 @@ class Copies:
         for number, name in enumerate(suspects, 1):
             if name not in self.names and self._has_two(name):
                 seen_twice.append(name)
-            if number % _SLICE == 0:
-                self._closing.wait(_BREATH_SECONDS)  # leave most of the time to requests
+            if number % _SLICE == 0 and self._closing.wait(_BREATH_SECONDS):  # most of the time is for requests
+                return
         told = 0
-        for name in sorted(seen_twice):
+        for name in () if self._closing.is_set() else sorted(seen_twice):
             with self._held(name):
                 found = copies_of(name, self._datadirs, self._is_saving)
             if len(found) > 1:
