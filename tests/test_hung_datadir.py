@@ -3,18 +3,14 @@
 import errno
 import json
 import os
-import signal
-import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from imgfs import ImageStore
 from tests.clients import assert_sealed, fails_with, md5
 from tests.conftest import WAIT_SECONDS, FaultyMaker, Mounted, Mounter, attribute, run, wait_until
 from tests.faulty import Faulty

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import random
@@ -319,6 +320,53 @@ def test_first_start_that_is_killed_leaves_no_datadir_missing(tmp_path: Path) ->
         if cut_short == 2:
             return
     pytest.fail("no start was cut short between two markers")
+
+
+@pytest.mark.parametrize("missing", ["low", "high"])
+def test_replacement_that_was_cut_short_waits_for_the_missing_datadir(
+    open_store: Callable[..., ImageStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    """An image in `high` was renamed over one in `low`, but that is still there."""
+    monkeypatch.setattr(membership, "LOOK_SECONDS", 0.05)
+    with open_store() as store:
+        high, low = store.datadirs
+        store.add("x", [b"new"])
+        (tmp_path / "low/y").write_bytes(b"old")
+        low.note_replaced("y", high)
+        high.rename("x", "y")
+    (tmp_path / missing).rename(tmp_path / "away")
+    store = open_store()
+    assert b"".join(store.read("y")) == (b"new" if missing == "low" else b"old")
+    (tmp_path / "away").rename(tmp_path / missing)
+    wait_until(lambda: len(store.online_datadirs()) == 2, "the return")
+    wait_until(lambda: not (tmp_path / "low/y").exists(), "the end of the old one")
+    assert b"".join(store.read("y")) == b"new"
+    assert (tmp_path / "high/y").exists()
+
+
+def test_datadir_that_is_there_again_but_can_not_be_used_is_tried_again(
+    open_store: Callable[..., ImageStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(membership, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr("imgfs.datadir.LOCK_WAIT_SECONDS", 0.0)
+    open_store().close()
+    (tmp_path / "low").rename(tmp_path / "away")
+    store = open_store()
+    with open_lock(tmp_path / "away"):
+        (tmp_path / "away").rename(tmp_path / "low")
+        wait_until(lambda: "in use by another imgfs" in str(store.datadirs[1].offline), "the refusal")
+    wait_until(lambda: store.datadirs[1].offline is None, "the return")
+
+
+@contextlib.contextmanager
+def open_lock(place: Path) -> Iterator[None]:
+    """Hold the lock of a datadir, as another imgfs does."""
+    fd = os.open(place, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 # --- check, adopt ---
