@@ -3,12 +3,14 @@
 import errno
 import itertools
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from imgfs import ImageStore, load
+from imgfs.copies import SETTLE_SECONDS
 from imgfs.errors import NameDoubled
 from imgfs.record import State
 from tests.clients import fails_with
@@ -104,16 +106,20 @@ def test_name_is_free_once_one_copy_was_removed_there(doubled: ImageStore, tmp_p
     assert list(doubled.names()) == ["y"]
 
 
-def test_writing_stays_with_the_copy_that_is_served(doubled: ImageStore, tmp_path: Path) -> None:
-    doubled.digests("x")
-    handle = doubled.open("x", os.O_WRONLY)
-    handle.write(b"HIGH", 0)
-    assert served(doubled, "x") == "high"
-    assert doubled.state("x") is State.SAVING
-    doubled.close_handle(handle)
-    doubled.digests("x")
-    assert served(doubled, "x") == "high"
-    assert (tmp_path / "low/x").read_bytes() == b"low"
+def test_writing_stays_with_the_copy_that_is_served(open_store: OpenStore, tmp_path: Path) -> None:
+    put(tmp_path / "low", "x", b"low", sealed=True)
+    (tmp_path / "low/.imgfs/marker").unlink()
+    put(tmp_path / "high", "x", b"high")
+    store = open_store()
+    known(store, "x")
+    handle = store.open("x", os.O_WRONLY)
+    handle.write(b"LOW", 0)
+    assert served(store, "x") == "low"
+    assert store.state("x") is State.SAVING
+    store.close_handle(handle)
+    store.digests("x")
+    assert served(store, "x") == "low"
+    assert (tmp_path / "high/x").read_bytes() == b"high"
 
 
 def test_copy_that_comes_later_is_found_by_a_listing(open_store: OpenStore, tmp_path: Path) -> None:
@@ -142,16 +148,23 @@ def test_each_name_is_told_once_and_many_in_short(
 
 
 def test_image_that_is_renamed_across_datadirs_is_no_double(
-    open_store: OpenStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    open_store: OpenStore, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """While the old one still lies there, somebody looks."""
     store = open_store()
-    for number in range(20):
-        put(tmp_path / "low", "x", b"old")
-        store.add("new", [b"%d" % number])
-        store._namespace.copies.suspect(["x", "new"])
-        store.rename("new", "x")
-        store._namespace.copies.suspect(["x", "new"])
-        store.delete("x")
+    put(tmp_path / "low", "x", b"old")
+    store.add("new", [b"new"])
+    low = store.datadirs[1]
+    unlink = low.unlink
+
+    def slowly(name: str) -> None:
+        store._namespace.copies.suspect([name])
+        time.sleep(5 * SETTLE_SECONDS)
+        unlink(name)
+
+    monkeypatch.setattr(low, "unlink", slowly)
+    store.rename("new", "x")
+    store.delete("x")
     store.close()
     assert "more than one" not in caplog.text
 
