@@ -31,6 +31,11 @@ class Call:
         """Whether it still is."""
         return self.calls.has(self.number)
 
+    @property
+    def given_up(self) -> bool:
+        """Whether nobody waits for it any more."""
+        return self.calls.is_given_up(self.number)
+
     def give_up(self) -> None:
         """Whoever asked is told that there is no answer: from now on it comes too late."""
         self.calls.give_up(self.number)
@@ -72,6 +77,10 @@ class Calls:
         self._given_up.add(number)
         if number not in self._under_way:  # it has come back meanwhile, and may or may not have seen this
             self._given_up.discard(number)
+
+    def is_given_up(self, number: int) -> bool:
+        """Whether `give_up` was called for a call that is under way."""
+        return number in self._given_up
 
     def has(self, number: int) -> bool:
         """Whether a call is under way."""

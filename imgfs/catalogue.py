@@ -190,7 +190,7 @@ def forget(own_fd: int) -> None:
 
 def latest(subject: str, keepers: Iterable[Datadir]) -> dict[str, Listed]:
     """What the siblings of a datadir list of it: the list that was written to last."""
-    journals = [Journal(keeper.own_fd, subject) for keeper in keepers if keeper.own_fd is not None]
+    journals = [Journal(keeper.own_fd, subject) for keeper in keepers if keeper.has_own]
     if not journals:
         return {}
     try:
@@ -286,8 +286,8 @@ class Catalogue:
         """Have the names of offline datadirs known, and forgotten once they are back; False where one is."""
         offline = {datadir for datadir in self._datadirs if datadir.offline is not None}
         for datadir in offline - self._offline:
-            if datadir.identity is not None:
-                datadir.known_names = latest(datadir.identity, self._keepers(datadir)).keys()
+            if datadir.marked_as is not None:
+                datadir.known_names = latest(datadir.marked_as, self._keepers(datadir)).keys()
         back = self._offline - offline
         for datadir in back:
             datadir.known_names = frozenset()
@@ -296,15 +296,15 @@ class Catalogue:
 
     def _keepers(self, subject: Datadir) -> list[Datadir]:
         """The siblings that can be asked for the list of a datadir."""
-        return [d for d in self._datadirs if d is not subject and d.offline is None and d.own_fd is not None]
+        return [d for d in self._datadirs if d is not subject and d.offline is None and d.has_own]
 
     def _kept(self, subject: Datadir) -> Iterator[Journal]:
         """The journals that are to be kept of a datadir."""
         for keeper in self._keepers(subject):
-            if keeper.writable and subject.identity is not None:
-                key = (keeper.path, subject.identity)
+            if keeper.writable and subject.marked_as is not None:
+                key = (keeper.path, subject.marked_as)
                 if key not in self._journals:
-                    self._journals[key] = Journal(keeper.own_fd or -1, subject.identity)
+                    self._journals[key] = Journal(keeper.own_fd, subject.marked_as)
                 yield self._journals[key]
 
     # --- writing ---

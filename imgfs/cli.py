@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from imgfs import copies, daemon, inspection, membership, mount_options, mounts
+from imgfs import copies, daemon, inspection, membership, mount_options, mounts, privileges
 from imgfs.catalogue import Listed
 from imgfs.config import Config, ConfigError, load
 from imgfs.errors import ImgfsError, InvalidValue, MountError
@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 GOOD, FAILED, WRONG = 0, 1, 2
 SYSLOG = "/dev/log"
+_LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,19 +53,21 @@ def _complain(message: str) -> None:
     print(f"imgfs: {message}".encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
 
 
-def _log_to(handler: logging.Handler, form: str, verbose: bool) -> None:
+def _log_to(handler: logging.Handler, form: str, verbosity: int) -> None:
     handler.setFormatter(logging.Formatter(form))
     root = logging.getLogger()
     for old in root.handlers[:]:
         root.removeHandler(old)
     root.addHandler(handler)
-    root.setLevel(logging.INFO if verbose else logging.WARNING)
+    root.setLevel(_LEVELS[min(verbosity, len(_LEVELS) - 1)])
 
 
 # --- mount ---
 
 
 def _mount(parsed: argparse.Namespace) -> int:
+    privileges.close_inherited_descriptors()
+    os.umask(os.umask(0o022) | 0o022)  # before a log file is made
     config = load(parsed.config, membership.unusable)
     options = mount_options.parse(parsed.options)
     other = options.pop("allow_other", None) or parsed.allow_other
@@ -198,7 +201,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Exit codes: 0 good, 1 it failed, 2 the command line or the configuration is wrong.",
     )
     parser.add_argument("--version", action="version", version=f"imgfs {VERSION}")
-    parser.add_argument("-v", "--verbose", action="store_true", help="log what is going on, not only warnings")
+    parser.add_argument("-v", "--verbose", action="count", default=0,
+                        help="log what is going on, not only warnings; -vv: each request, too")  # fmt: skip
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_mount(commands.add_parser("mount", help="mount a store", description="Mount a store at a directory."))
     _add_umount(commands.add_parser("umount", help="unmount a store", description="Unmount a store, and wait "

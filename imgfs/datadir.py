@@ -24,7 +24,7 @@ from typing import ParamSpec, TypeVar, cast
 
 from imgfs import identity, linux, mount_table, names
 from imgfs.config import DatadirConfig, Mode
-from imgfs.errors import DatadirError, DatadirOffline, ImageNotFound, InvalidName, WriteDenied
+from imgfs.errors import AnsweredTooLate, DatadirError, DatadirOffline, ImageNotFound, InvalidName, WriteDenied
 from imgfs.xattrs import NativeXattrs, ReadOnlyXattrs, SidecarXattrs, Xattrs, proc_path, read_regular, supported
 
 log = logging.getLogger(__name__)
@@ -37,6 +37,8 @@ LOST_ERRNOS = frozenset(
 """What a datadir's root says when the filesystem below is gone; of a file it may concern that file only."""
 UNTOLD_BYTES = 1 << 50
 """What counts as free where a filesystem does not tell its size at all (ramfs, some network filesystems)."""
+MOST_IDENTITIES = 10_000
+READ_ONLY_SECONDS = 30.0  # how long a datadir that answered EROFS is not tried again
 LOCK_WAIT_SECONDS = 10.0
 _LOCK_RETRY_SECONDS = 0.05
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -117,7 +119,9 @@ class Datadir:
         self.path = config.path
         self.priority = config.priority
         self.tag = 1
-        self.identity = known_as
+        self.identities: dict[int, int] = {}  # of relocated images: inode number -> what they were known by before
+        self._read_only_until = 0.0  # on the monotonic clock: no new images until then; 0: it is not read-only
+        self.marked_as = known_as
         self.offline = absence  # why it counts as offline; None: it is online
         self.known_names: Set[str] = frozenset()  # while it is offline: the names that are known to be here
         self._file_perm = file_perm
@@ -165,9 +169,11 @@ class Datadir:
 
     def is_lost(self, error: OSError) -> bool:
         """Whether an error means that the datadir itself, not one file, can't be reached; then it is offline now."""
+        if isinstance(error, AnsweredTooLate):
+            return False
         if self.offline is not None:
             return True
-        if error.errno not in LOST_ERRNOS:
+        if error.errno not in LOST_ERRNOS or isinstance(error, DatadirOffline):
             return False
         try:
             self.check_root()
@@ -175,6 +181,11 @@ class Datadir:
             if found.errno in LOST_ERRNOS:
                 self.go_offline(f"its root gives: {found.strerror}")
         return self.offline is not None
+
+    def may_be_spared(self, error: OSError) -> bool:
+        """The same for who can do without its answer: it may also be too busy with calls that do not come back."""
+        refused = isinstance(error, DatadirOffline) and not isinstance(error, AnsweredTooLate)
+        return refused or self.is_lost(error)
 
     def check_root(self) -> None:
         """Look at the root in every way that imgfs does; raises what a dead filesystem says. Changes nothing."""
@@ -217,7 +228,19 @@ class Datadir:
     @property
     def takes_images(self) -> bool:
         """Whether new images may be placed here."""
-        return self.config.mode is Mode.READ_WRITE and self.offline is None
+        online = self.config.mode is Mode.READ_WRITE and self.offline is None
+        return online and (not self._read_only_until or time.monotonic() >= self._read_only_until)
+
+    def _turned_read_only(self, seconds: float) -> None:
+        """The filesystem below refuses changes: for so long, nobody need try again."""
+        if not self._read_only_until:
+            log.warning("datadir %s is on a read-only filesystem: new images go elsewhere", self.path)
+        self._read_only_until = time.monotonic() + seconds
+
+    def _turned_writable(self) -> None:
+        if self._read_only_until and time.monotonic() >= self._read_only_until:
+            log.info("datadir %s is used for new images again", self.path)
+            self._read_only_until = 0.0
 
     @property
     def writable(self) -> bool:
@@ -243,13 +266,18 @@ class Datadir:
         return "fd" in self.__dict__
 
     @property
-    def own_fd(self) -> int | None:
-        """The descriptor of `.imgfs`; None where there is none."""
-        return self._own_fd
+    def has_own(self) -> bool:
+        """Whether imgfs has a room of its own here; one that may not be changed need have none."""
+        return self._own_fd is not None
 
     def mark(self, marker: identity.Marker) -> None:
         """Put a marker into it, on stable storage."""
         identity.write(marker, cast(int, self._own_fd))
+
+    @property
+    def own_fd(self) -> int:
+        """The descriptor of imgfs's own room here; there is one wherever images may be changed."""
+        return cast(int, self._own_fd)
 
     # --- files ---
 
@@ -292,8 +320,20 @@ class Datadir:
 
     def create(self, name: str, mode: int) -> int:
         """A new, empty file, open for reading and writing (O_EXCL: the name must be free)."""
+        return self._create(name, mode, self.fd)
+
+    def create_own(self, name: str) -> int:
+        """The same in imgfs's own room."""
+        return self._create(name, 0o600, self.own_fd)
+
+    def _create(self, name: str, mode: int, directory_fd: int) -> int:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        return os.open(name, flags, mode, dir_fd=self.fd)
+        try:
+            return os.open(name, flags, mode, dir_fd=directory_fd)
+        except OSError as error:
+            if error.errno == errno.EROFS:
+                self._turned_read_only(READ_ONLY_SECONDS)
+            raise
 
     def unlink(self, name: str) -> None:
         """Remove a name; what is kept for the inode goes with it."""
@@ -326,6 +366,16 @@ class Datadir:
         mixed = hashlib.blake2b(ino.to_bytes(8, "little"), digest_size=6).digest()
         return self.tag << 48 | int.from_bytes(mixed, "little")
 
+    def identity(self, ino: int) -> int:
+        """What tells images apart for whoever keeps something about one: it stays when an image is relocated."""
+        return self.identities.get(ino) or self.inode_number(ino)
+
+    def take_over(self, ino: int, identity: int) -> None:
+        """A file here is from now on the image that had this identity elsewhere."""
+        self.identities[ino] = identity
+        while len(self.identities) > MOST_IDENTITIES:
+            self.identities.pop(next(iter(self.identities)))
+
     # --- the filesystem below ---
 
     def filesystem(self) -> os.statvfs_result:
@@ -340,6 +390,10 @@ class Datadir:
     def free_bytes(self) -> int:
         """What an unprivileged user may still write, in bytes (Glance behaviour 6)."""
         numbers = self.filesystem()
+        if self.writable and numbers.f_flag & os.ST_RDONLY:
+            self._turned_read_only(0)
+            return 0
+        self._turned_writable()
         if numbers.f_blocks == 0:
             return UNTOLD_BYTES
         return max(0, numbers.f_bavail * numbers.f_frsize)
@@ -406,7 +460,7 @@ class Datadir:
         if reason:
             raise DatadirError(reason)
         try:
-            if self.writable and self.identity is None:
+            if self.writable and self.marked_as is None:
                 Path(self.path).mkdir(parents=True, exist_ok=True)
             self.fd = os.open(self.path, _DIRECTORY)
         except OSError as error:
@@ -414,10 +468,10 @@ class Datadir:
 
     def _require_identity(self) -> None:
         """Before anything is written: what is known to have a marker must have it. Its disk may be gone by now."""
-        if self.identity is None:
+        if self.marked_as is None:
             return
         marker = identity.marker_in(self.fd)
-        if marker is None or marker.datadir != self.identity:
+        if marker is None or marker.datadir != self.marked_as:
             raise DatadirError(f"datadir {self.path} was taken away while it was opened; try again", errno.ENODEV)
 
     def _lock(self) -> None:
@@ -479,7 +533,7 @@ def answers(datadirs: Iterable[Datadir], ask: Callable[[Datadir], T]) -> list[T]
             try:
                 given.append(ask(datadir))
             except OSError as error:
-                if not datadir.is_lost(error):
+                if not datadir.may_be_spared(error):
                     raise
     return given
 

@@ -142,6 +142,10 @@ class DatadirOffline(ImgfsError):
     default_errno = errno.EIO
 
 
+class AnsweredTooLate(DatadirOffline):
+    """The datadir answers now, but whoever asked was told that it is offline: nothing more may be done for them."""
+
+
 class MountError(ImgfsError):
     """The mount can't be made or taken away."""
 

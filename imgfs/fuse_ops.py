@@ -162,8 +162,7 @@ class ImageOperations:
         number = self._aliases.get(str(path)) if fh is None else fh
         if number is None:
             return _described(*self._store.status(_name(str(path))))
-        image = self._handle(number).image
-        return _described(image.datadir, image.status())
+        return _described(*self._handle(number).image.located())
 
     def find(self, name: str) -> dict[str, int] | None:
         """What `getattr` gives for an image, None where there is none; for those who ask about many names."""
@@ -331,7 +330,7 @@ class ImageOperations:
 
     def write(self, _path: str | None, data: bytes | memoryview, offset: int, fh: int) -> int:
         """pwrite(2); `data` must not change afterwards, it may be hashed later."""
-        return self._handle(fh).write(data, offset)
+        return self._store.write(self._handle(fh), data, offset)
 
     def truncate(self, path: str | None, length: int, fh: int | None = None) -> int:
         """truncate(2), or ftruncate(2) where there is a handle."""
@@ -391,7 +390,7 @@ class ImageOperations:
         if path == ROOT:
             return self._root_status() | next((_born(datadir.fd) for datadir in self._store.online_datadirs()), {})
         with self._image(path, fh) as image:
-            return _described(image.datadir, image.status()) | _born(image.path_fd)
+            return _described(*image.located()) | _born(image.path_fd)
 
     def lseek(self, _path: str | None, offset: int, whence: int, fh: int) -> int:
         """lseek(2) with SEEK_DATA or SEEK_HOLE."""
@@ -415,7 +414,7 @@ class ImageOperations:
     ) -> int:
         """copy_file_range(2): at most COPY_BYTES at a time, so that no request takes long."""
         source, target = self._handle(fh_in), self._handle(fh_out)
-        return target.copy_from(source, offset_in, offset_out, min(length, COPY_BYTES))
+        return self._store.copy_range(source, offset_in, target, offset_out, min(length, COPY_BYTES))
 
     def rename2(self, old: str, new: str, flags: int) -> int:
         """renameat2(2) with RENAME_NOREPLACE or RENAME_EXCHANGE."""
@@ -480,8 +479,11 @@ def _name(path: str) -> str:
 
 
 def _described(datadir: Datadir, status: os.stat_result) -> dict[str, int]:
+    """stat(2) in fusepy's form; `identity` is what the kernel transport knows a file by, relocated or not."""
+    number = datadir.inode_number(status.st_ino)
     return {
-        "st_ino": datadir.inode_number(status.st_ino),
+        "identity": datadir.identities.get(status.st_ino, number),
+        "st_ino": number,
         "st_mode": status.st_mode,
         "st_nlink": status.st_nlink,
         "st_uid": status.st_uid,

@@ -13,8 +13,10 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from imgfs import privileges
 from imgfs.errors import MountError
 from imgfs.fuse_ops import ImageOperations
+from imgfs.linux import is_dying
 from imgfs.mounts import FSTYPE
 
 NAME = "fusepy"
@@ -66,9 +68,20 @@ class FusepyTransport:
 
     def interrupted(self) -> bool:
         """Whether they were interrupted meanwhile (libfuse's `intr`), or the mount is ending: nobody reads then."""
+        return bool(self._fuse._libfuse.fuse_interrupted()) or self._ending()
+
+    def abandoned(self) -> bool:
+        """Whether nobody waits for an answer: the mount is ending, or the signal ends whoever made the request.
+
+        In a thread that works on no request libfuse has nothing to say, and must not be asked.
+        """
+        if not self._fuse._libfuse.fuse_get_context().contents.fuse:
+            return False
+        return self._ending() or (self.interrupted() and is_dying(self.caller()[2]))
+
+    def _ending(self) -> bool:
         library = self._fuse._libfuse
-        session = ctypes.c_void_p(library.fuse_get_context().contents.fuse)
-        return bool(library.fuse_interrupted() or library.fuse_exited(session))
+        return bool(library.fuse_exited(ctypes.c_void_p(library.fuse_get_context().contents.fuse)))
 
     def describe(self) -> str:
         """What `user.imgfs.transport` shows."""
@@ -87,7 +100,12 @@ class FusepyTransport:
         `ready` is called as the mount comes up. Raises MountError where libfuse does not come up; it has written
         the reason to stderr then.
         """
-        operations.on_init(ready)
+
+        def up() -> None:
+            privileges.keep_descriptors_to_ourselves()  # libfuse's own of /dev/fuse, too
+            ready()
+
+        operations.on_init(up)
         settings: dict[str, Any] = {
             "foreground": True,
             "fsname": "imgfs",

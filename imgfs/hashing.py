@@ -9,7 +9,6 @@ lock sees to that). Lanes and byte counts are guarded by the pool's lock. Queued
 and for all together; a writer that is ahead of the hashes waits.
 """
 
-import errno
 import hashlib
 import os
 import threading
@@ -19,9 +18,11 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from imgfs.errors import ImageChanging, Interrupted
+from imgfs.sparse import data_spans
 
 CHECKSUM_ALGO = "md5"
 READ_BYTES = 1 << 20
+WINDOW_BYTES = 16 << 20  # what is read is taken out of the page cache again in windows; far more than a readahead
 STREAM_QUEUE_BYTES = 8 << 20
 POOL_QUEUE_BYTES = 64 << 20
 BATCH_BYTES = 4 << 20
@@ -308,19 +309,36 @@ class DigestStream:
             self._position = offset
 
 
-def data_spans(fd: int, size: int) -> Iterator[tuple[int, int]]:
-    """The (start, end) byte ranges of a file that may hold data, holes left out (lseek(2), SEEK_DATA)."""
-    end = 0
-    while end < size:
-        try:
-            start = os.lseek(fd, end, os.SEEK_DATA)
-            hole = os.lseek(fd, start, os.SEEK_HOLE)
-        except OSError as error:
-            if error.errno != errno.ENXIO:  # the filesystem does not know: all of it may be data
-                yield end, size
-            return
-        yield start, min(hole, size)
-        end = hole
+def _read_gently(fd: int, start: int, end: int, stop: Stop, pread: Pread) -> Iterator[bytes]:
+    """The bytes from `start` to `end`; what only this reading brings into the page cache goes out again.
+
+    So sealing a large image does not push out what others read (posix_fadvise(2)). Whether a window was cached
+    before is asked at its middle, where no readahead has been yet. Raises Interrupted once `stop()` is true.
+    """
+    for window in range(start, end, WINDOW_BYTES):
+        window_end = min(window + WINDOW_BYTES, end)
+        keep = _is_cached(fd, (window + window_end) // 2)
+        offset = window
+        while offset < window_end:
+            if stop():
+                raise Interrupted("the reading for digests was given up")
+            chunk = pread(fd, min(READ_BYTES, window_end - offset), offset)
+            if not chunk:
+                raise ImageChanging("the file became shorter while it was read")
+            yield chunk
+            offset += len(chunk)
+        if not keep:
+            os.posix_fadvise(fd, window, window_end - window, os.POSIX_FADV_DONTNEED)
+
+
+def _is_cached(fd: int, offset: int) -> bool:
+    """Whether a byte can be read without the disk; True also where the filesystem can't tell (preadv2(2))."""
+    try:
+        return os.preadv(fd, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 def digest_file(  # noqa: PLR0917
@@ -331,7 +349,9 @@ def digest_file(  # noqa: PLR0917
     stop: Stop = never,
     pread: Pread | None = None,
 ) -> Digests:
-    """Read `size` bytes of a file, by pread(2) or what stands for it, and give their digests; holes are not read.
+    """Read `size` bytes of a file and give their digests; holes are not read, and the page cache stays as it was.
+
+    `pread` stands for pread(2).
 
     Raises Interrupted once `stop()` is true, ImageChanging where the file turns out shorter, and the OSError of a
     failing read.
@@ -340,12 +360,7 @@ def digest_file(  # noqa: PLR0917
     try:
         for start, end in data_spans(fd, size):
             offset = start
-            while offset < end:
-                if stop():
-                    raise Interrupted("the reading for digests was given up")
-                chunk = (pread or os.pread)(fd, min(READ_BYTES, end - offset), offset)
-                if not chunk:
-                    raise ImageChanging("the file became shorter while it was read")
+            for chunk in _read_gently(fd, start, end, stop, pread or os.pread):
                 stream.write(offset, chunk, stop)
                 offset += len(chunk)
         if stop():

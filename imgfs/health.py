@@ -18,7 +18,7 @@ from imgfs.timed import TimedDatadir
 
 log = logging.getLogger(__name__)
 
-PROBE_SECONDS = 5.0
+PROBE_SECONDS = 2.0
 """How often the root of a datadir is looked at."""
 OFFLINE_PROBE_SECONDS = 1.0
 STALL_SECONDS = 2.0
@@ -37,7 +37,10 @@ class Health:
         changed: Callable[[Datadir], None],
         stuck: Callable[[list[Call]], None],
     ) -> None:
-        """`changed` is told a datadir that went offline or came back, `stuck` the calls that none should wait for."""
+        """`changed` is told a datadir that went offline or came back.
+
+        `stuck` is told calls that do not come back for a while, or that are given up, perhaps more than once.
+        """
         self._timeout_s = timeout_s
         self._changed = changed
         self._stuck = stuck
@@ -77,9 +80,11 @@ class Health:
 
     def _look_at_calls(self, datadir: TimedDatadir) -> None:
         datadir.calls.look_for_progress(min(STALL_SECONDS, self._timeout_s / 2))
+        if datadir.offline is None and not datadir.calls.overdue(self._timeout_s):
+            if datadir.calls.stalled:
+                self._stuck(datadir.calls.all())
+            return
         if datadir.offline is None:
-            if not datadir.calls.overdue(self._timeout_s):
-                return
             datadir.go_offline(f"it has not answered for {self._timeout_s:g} s")
             self._tell(datadir)
         calls = datadir.calls.all()

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 WAIT_SECONDS = 0.1
 RELEASE_SECONDS = 0.5
 _ZEROS = bytes(1 << 20)
+_ZEROING = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_ZERO_RANGE
 _READ = os.O_RDONLY | os.O_CLOEXEC
 _WRITE = os.O_RDWR | os.O_CLOEXEC
 
@@ -60,10 +61,9 @@ class Image:
         write_once: bool,
     ) -> None:
         """`path_fd`, which may be O_PATH, passes to the image; `status` is its fstat(2)."""
-        self.datadir = datadir
+        self._place = datadir, key_of(status)  # replaced as one, by move_to
         self.name: str | None = name
         self.path_fd = path_fd
-        self.key = key_of(status)
         self.references = 0  # guarded by the store's table lock
         self.change_lock = threading.RLock()
         self.lock = threading.Condition()
@@ -91,6 +91,27 @@ class Image:
         self._write_once = write_once
         self._read_fd: int | None = None
         self._write_fd: int | None = None
+
+    # --- where it is ---
+
+    @property
+    def datadir(self) -> Datadir:
+        """The datadir that the file is in; another one once the image was relocated."""
+        return self._place[0]
+
+    @property
+    def key(self) -> Key:
+        """What tells the inode from others."""
+        return self._place[1]
+
+    def located(self) -> tuple[Datadir, os.stat_result]:
+        """The datadir and fstat(2) of the file, of one moment."""
+        status = self.status()
+        datadir, key = self._place
+        if key == key_of(status):
+            return datadir, status
+        with self.lock:  # it is being moved
+            return self.datadir, self.status()
 
     # --- descriptors ---
 
@@ -134,20 +155,29 @@ class Image:
         return fd
 
     def move_to(self, datadir: Datadir, fd: int) -> None:
-        """Continue in another, equal file: every descriptor is made to mean it (dup2 is atomic for readers)."""
-        for own in self._descriptors():
-            os.dup2(fd, own, inheritable=False)
-        os.close(fd)
-        self.datadir = datadir
-        self.key = key_of(os.fstat(self.path_fd))
-        self.mtime_ns = os.fstat(self.path_fd).st_mtime_ns
+        """Continue in another, equal file: every descriptor is made to mean it (dup2 is atomic for readers).
+
+        Called under change_lock. The caller keeps the old file open, so that closing it here costs nothing.
+        """
+        seen_all = self.status().st_mtime_ns == self.mtime_ns
+        with self.lock:
+            for own in self._descriptors():
+                os.dup2(fd, own, inheritable=False)
+            self._place = datadir, key_of(self.status())
+        if seen_all:
+            self.mtime_ns = self.status().st_mtime_ns
+        elif self._stream is not None:
+            self._stream.break_off()  # somebody else changed the old file
 
     def close(self) -> None:
         """Give up all descriptors; called when the last reference goes."""
         if self._stream is not None:
             self._stream.break_off()
         for fd in self._descriptors():
-            os.close(fd)
+            try:
+                os.close(fd)
+            except OSError as error:  # it is closed all the same (close(2)); what was vouched for was synced before
+                log.warning("image %r in %s: closing it gives: %s", self.name, self.datadir.path, error.strerror)
 
     def _descriptors(self) -> set[int]:
         """The one that pins the inode is also the one to write through where the image was created here."""
@@ -173,8 +203,7 @@ class Image:
                 raise
             finally:
                 self._after_change()
-            if self.lacking_at is not None and offset <= self.lacking_at < offset + written:
-                self.lacking_at = None
+            self._note_room(offset, written)
             if self._stream is not None:
                 self._stream.write(offset, memoryview(data)[:written])
         return written
@@ -200,19 +229,20 @@ class Image:
 
     def allocate(self, mode: int, offset: int, length: int) -> None:
         """fallocate(2), followed by the digests; EOPNOTSUPP for what would move bytes."""
-        if mode & ~(FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE | FALLOC_FL_ZERO_RANGE):
+        if mode & ~(FALLOC_FL_KEEP_SIZE | _ZEROING):
             raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
         with self.change_lock:
             fd = self.open_for_write()
             self._before_change()
             try:
                 self.datadir.finish(fallocate, fd, mode, offset, length)
-            except OSError:
-                self._doubt_stream()
+            except OSError as error:
+                if mode & _ZEROING or error.errno not in FULL_ERRNOS:
+                    self._doubt_stream()
                 raise
             finally:
                 self._after_change()
-            if self._stream is not None and mode & (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_ZERO_RANGE):
+            if self._stream is not None and mode & _ZEROING:
                 self._stream.zero(offset)
 
     def copy_from(self, source: "Image", source_offset: int, offset: int, length: int) -> int:
@@ -229,6 +259,7 @@ class Image:
                 raise
             finally:
                 self._after_change()
+            self._note_room(offset, copied)
             if self._stream is not None and copied:
                 self._stream.break_off()
         return copied
@@ -260,6 +291,10 @@ class Image:
         """After an error nobody knows what was done, or will be done yet: the digests are to come from the file."""
         if self._stream is not None:
             self._stream.break_off()
+
+    def _note_room(self, offset: int, written: int) -> None:
+        if self.lacking_at is not None and offset <= self.lacking_at < offset + written:
+            self.lacking_at = None
 
     def _drop_record(self) -> bool:
         try:

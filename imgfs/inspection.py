@@ -65,7 +65,7 @@ def _peeking(judgement: Judgement) -> Iterator[list[Datadir]]:
 
 def _lost(judgement: Judgement, there: Sequence[Datadir]) -> dict[str, Listing]:
     """Of the datadirs that are no part of the store any more, the images that lie nowhere else."""
-    kept = {s for datadir in there if datadir.own_fd is not None for s in catalogue.subjects(datadir.own_fd)}
+    kept = {s for datadir in there if datadir.has_own for s in catalogue.subjects(datadir.own_fd)}
     known = {verdict.identity for verdict in judgement.verdicts}
     lists = {subject: _missing_here(subject, there) for subject in sorted(kept - known)}
     return {subject: listing for subject, listing in lists.items() if listing}

@@ -39,6 +39,10 @@ class KernelTransport:
         """Whether they were interrupted meanwhile (FUSE_INTERRUPT)."""
         return self._context.interrupted()
 
+    def abandoned(self) -> bool:
+        """Whether nobody waits for an answer any more."""
+        return self._context.abandoned()
+
     def describe(self) -> str:
         """What `user.imgfs.transport` shows."""
         on = self._session is not None and self._session.passthrough
@@ -92,7 +96,7 @@ class KernelTransport:
         if status is None:
             self._session.look_again(name, None, data=data)
         else:
-            self._session.look_again(name, status["st_ino"], links=status["st_nlink"], data=data)
+            self._session.look_again(name, status["identity"], links=status["st_nlink"], data=data)
 
 
 @contextlib.contextmanager

@@ -1,11 +1,13 @@
 """The few system calls that the standard library lacks, through the C library, with errors as OSError.
 
-fallocate(2) with its modes (posix_fallocate would write zeros where the filesystem can't), renameat2(2), and
-the birth time that statx(2) knows.
+fallocate(2) with its modes (posix_fallocate would write zeros where the filesystem can't), renameat2(2),
+the birth time that statx(2) knows, and what proc(5) says of a process that is being ended.
 """
 
 import ctypes
+import errno
 import os
+import signal
 import struct
 
 FALLOC_FL_KEEP_SIZE = 0x01  # include/uapi/linux/falloc.h
@@ -13,6 +15,8 @@ FALLOC_FL_PUNCH_HOLE = 0x02
 FALLOC_FL_ZERO_RANGE = 0x10
 RENAME_NOREPLACE = 1 << 0  # include/uapi/linux/fs.h
 RENAME_EXCHANGE = 1 << 1
+NO_RENAME_FLAGS = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
+"""What a filesystem says that knows none of these."""
 _AT_EMPTY_PATH = 0x1000
 _STATX_BTIME = 0x800  # include/uapi/linux/stat.h, as are the size and the places in struct statx
 _STATX_BYTES = 256
@@ -35,6 +39,12 @@ def exchange(directory_fd: int, one: str, other: str) -> None:
     _check(_libc.renameat2(directory_fd, os.fsencode(one), directory_fd, os.fsencode(other), RENAME_EXCHANGE))
 
 
+def rename_new(old_directory_fd: int, old: str, new_directory_fd: int, new: str) -> None:
+    """Rename in one step to a name that must be free: FileExistsError where it is not (RENAME_NOREPLACE)."""
+    arguments = (old_directory_fd, os.fsencode(old), new_directory_fd, os.fsencode(new))
+    _check(_libc.renameat2(*arguments, RENAME_NOREPLACE))
+
+
 def birth_time_ns(fd: int) -> int | None:
     """When the file was made, in ns; None where its filesystem does not keep that (statx(2), STATX_BTIME)."""
     buffer = ctypes.create_string_buffer(_STATX_BYTES)
@@ -43,6 +53,16 @@ def birth_time_ns(fd: int) -> int | None:
         return None
     seconds, nanoseconds = _STX_BTIME.unpack_from(buffer)
     return int(seconds) * 1_000_000_000 + int(nanoseconds)
+
+
+def is_dying(pid: int) -> bool:
+    """Whether a process, or thread, is gone or being ended by a signal: the kernel then has a SIGKILL pending."""
+    try:
+        with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as status:
+            pending = next((line.split()[1] for line in status if line.startswith("SigPnd:")), "0")
+    except OSError:
+        return True
+    return bool(int(pending, 16) >> (signal.SIGKILL - 1) & 1)
 
 
 def _check(result: int) -> None:

@@ -94,20 +94,20 @@ def _keep_markers(datadirs: Sequence[Datadir], judgement: Judgement) -> None:
     """
     marked = [datadir for datadir in datadirs if datadir.is_open and datadir.writable]
     store = judgement.store or identity.new_identity()
-    members = {datadir.identity: datadir.path for datadir in datadirs if datadir.identity}
+    members = {datadir.marked_as: datadir.path for datadir in datadirs if datadir.marked_as}
     generation = judgement.generation
     for datadir in marked:
-        if datadir.identity is None:
+        if datadir.marked_as is None:
             new = identity.new_identity()
             generation += 1
             if _mark(datadir, Marker(store, new, {**members, new: datadir.path}, generation)):
-                datadir.identity = new
+                datadir.marked_as = new
                 members[new] = datadir.path
                 log.info("datadir %s is part of the store now", datadir.path)
     generation += members != judgement.members
     for datadir in marked:
-        if datadir.identity is not None:
-            marker = Marker(store, datadir.identity, members, generation)
+        if datadir.marked_as is not None:
+            marker = Marker(store, datadir.marked_as, members, generation)
             if identity.marker_in(datadir.fd) != marker:
                 _mark(datadir, marker)
 
@@ -127,7 +127,7 @@ class Returning:
     """Looks every now and then whether absent datadirs are there; `back` is told of each that was opened."""
 
     def __init__(self, datadirs: Sequence[Datadir], back: Callable[[Datadir], None]) -> None:
-        self._missed = [datadir for datadir in datadirs if not datadir.is_open and datadir.identity is not None]
+        self._missed = [datadir for datadir in datadirs if not datadir.is_open and datadir.marked_as is not None]
         self._back = back
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="imgfs-returning", daemon=True)
@@ -149,7 +149,7 @@ class Returning:
 
     def _is_there(self, datadir: Datadir) -> bool:
         marker = look(datadir.config).marker
-        if marker is None or marker.datadir != datadir.identity:
+        if marker is None or marker.datadir != datadir.marked_as:
             return False
         try:
             datadir.open()
@@ -188,7 +188,7 @@ def adopt(config: Config, paths: Collection[str] = ()) -> list[Adopted]:
     foreign = {f.path for f in found if f.marker and f.marker.store != judgement.store}
     verdicts = [Verdict(v.config) if v in wanted else v for v in judgement.verdicts]
     for datadir in _opened(replace(judgement, verdicts=verdicts), config):
-        if datadir.path in foreign and datadir.own_fd is not None:
+        if datadir.path in foreign and datadir.has_own:
             catalogue.forget(datadir.own_fd)
         datadir.close()
     return [Adopted(verdict.path, verdict.identity) for verdict in wanted]

@@ -5,7 +5,8 @@ else is remembered: what a name means is asked of the datadirs each time.
 
 Threading: all methods may be called from any thread. `_table_lock` guards the table and is never held over I/O;
 `_placing` makes choosing a datadir and reserving room in it one step; names that change are locked one by one. Order:
-names, then an image's change lock, then `_placing`, then `_table_lock`.
+an image's change lock, which may be held for as long as a relocation takes, then names, then `_placing`, then
+`_table_lock`. So whoever holds a name never waits for an image's writers.
 """
 
 import contextlib
@@ -24,9 +25,11 @@ from imgfs.datadir import FULL_ERRNOS, Datadir, Entry, Replaced, answers
 from imgfs.errors import ImageExists, ImageNotFound, ImgfsError, NameDoubled, ReservedName, StorageFull
 from imgfs.image import Image, Key, StreamFactory, key_of
 from imgfs.name_locks import NameLocks, Turn
+from imgfs.transit import Transit, finish_arrivals
 
 log = logging.getLogger(__name__)
 
+_ATTEMPTS = 10
 _PASSED_OVER = FULL_ERRNOS | {errno.EROFS}
 T = TypeVar("T")
 
@@ -40,6 +43,19 @@ class Owner:
 
 
 NOBODY_IN_PARTICULAR = Owner()
+
+
+@dataclass(eq=False, slots=True)
+class Promise:
+    """Room for `size` bytes on a datadir, for an image on its way there that has `used` so many of them."""
+
+    datadir: Datadir
+    size: int
+    used: int = 0
+
+    def outstanding_bytes(self) -> int:
+        """What is not yet allocated."""
+        return max(0, self.size - self.used)
 
 
 class Namespace:
@@ -72,8 +88,11 @@ class Namespace:
         self._table_lock = threading.Lock()
         self._live: dict[Key, Image] = {}  # guarded by _table_lock
         self._declared: set[Image] = set()  # guarded by _table_lock: live images whose size was declared
+        self._promises: set[Promise] = set()  # guarded by _table_lock
+        self._moves = 0  # how many images went to another datadir; who saw none of the two files looks again
         self.copies = Copies(datadirs, self._is_saving, self._names.held)
         for datadir in self.online():
+            finish_arrivals(datadir, datadirs)
             self.finish_replacements_in(datadir)
 
     # --- finding ---
@@ -100,19 +119,26 @@ class Namespace:
         """Every image, once: its name and its inode number. Those of a datadir that is offline are left out."""
         seen: set[str] = set()
         doubled: list[str] = []
-        for datadir in self.online():
-            for entry in _entries(datadir):
-                if entry.name in seen:
-                    doubled.append(entry.name)
-                    continue
-                if len(self.datadirs) > 1:
-                    seen.add(entry.name)
-                if entry.name in self.copies.names and (served := self.find(entry.name)):
-                    yield entry.name, served[0].inode_number(served[1].st_ino)
-                else:
-                    yield entry.name, datadir.inode_number(entry.ino)
+        before = moves = -1
+        while moves != self._moves:
+            before, moves = moves, self._moves
+            for datadir in self.online():
+                for entry in _entries(datadir):
+                    if entry.name in seen:
+                        if before == -1:
+                            doubled.append(entry.name)
+                        continue
+                    if len(self.datadirs) > 1:
+                        seen.add(entry.name)
+                    yield entry.name, self._shown_number(datadir, entry)
         if doubled:
             self.copies.suspect(doubled)
+
+    def _shown_number(self, datadir: Datadir, entry: Entry) -> int:
+        """The inode number of the file that is served under a name."""
+        if entry.name in self.copies.names and (served := self.find(entry.name)):
+            return served[0].inode_number(served[1].st_ino)
+        return datadir.inode_number(entry.ino)
 
     def status(self, name: str) -> tuple[Datadir, os.stat_result]:
         """The datadir of an image and its lstat(2) there. Raises ImageNotFound, DatadirOffline."""
@@ -126,16 +152,19 @@ class Namespace:
         """The same for a name that an image can have; None where there is none."""
         if name in self.copies.names and (found := self.copies.of(name)):
             return found[0].datadir, found[0].status
-        for datadir in self.datadirs:
-            if datadir.offline is None:
-                try:
-                    status = datadir.find(name)
-                except OSError as error:
-                    if not datadir.is_lost(error):
-                        raise
-                    continue
-                if status is not None:
-                    return datadir, status
+        moves = -1
+        while moves != self._moves:
+            moves = self._moves
+            for datadir in self.datadirs:
+                if datadir.offline is None:
+                    try:
+                        status = datadir.find(name)
+                    except OSError as error:
+                        if not datadir.is_lost(error):
+                            raise
+                        continue
+                    if status is not None:
+                        return datadir, status
         self._require_not_offline(name)
         return None
 
@@ -163,6 +192,16 @@ class Namespace:
     def pin(self, name: str) -> Image:
         """The image of a name with one more reference, which `let_go` takes back. Raises ImageNotFound."""
         self._check_known(name)
+        for _ in range(_ATTEMPTS):
+            moves, image = self._moves, self._pinned(name)
+            if image is not None:
+                return image
+            if moves == self._moves:
+                break
+        self._require_not_offline(name)
+        raise ImageNotFound(f"no image {name!r}")
+
+    def _pinned(self, name: str) -> Image | None:
         for datadir in self._having(name):
             try:
                 path_fd = datadir.pin(name)
@@ -173,10 +212,10 @@ class Namespace:
                     raise
                 continue
             image = self._shared(self._image(datadir, name, path_fd, os.fstat(path_fd)))
-            self._keep_name(image, name)
-            return image
-        self._require_not_offline(name)
-        raise ImageNotFound(f"no image {name!r}")
+            if self._keep_name(image, name):
+                return image
+            self.let_go(image)
+        return None
 
     def _having(self, name: str) -> list[Datadir]:
         """The datadirs to be asked for a name, in this order."""
@@ -195,15 +234,17 @@ class Namespace:
             self.copies.require_single(name)
             self._require_not_offline(name)
 
-    def _keep_name(self, image: Image, name: str) -> None:
-        """Follow what was done to a live image directly, or while it was in no table yet."""
-        if image.name == name and image.status().st_nlink:
-            return
+    def _keep_name(self, image: Image, name: str) -> bool:
+        """Follow what was done to a live image directly, or while it was in no table yet.
+
+        False where it was removed, or moved away.
+        """
         links = image.status().st_nlink
         if links == 0:
             image.name = None
-        elif links == 1:
+        elif links == 1 and image.name != name:
             image.name = name  # it was renamed in the datadir
+        return links > 0
 
     def hold(self, image: Image) -> Image:
         """One more reference to an image that is referenced already."""
@@ -263,7 +304,14 @@ class Namespace:
                 raise ImageExists(f"image {name!r} exists")
             self._require_not_offline(name)
             datadir, fd, status = self._create_in(placed, name, mode, owner)
-            return self._adopted(self._image(datadir, name, fd, status))
+            fresh = self._image(datadir, name, fd, status)
+            fresh.adopt(fd)
+            with self._table_lock:
+                live = self._live.setdefault(fresh.key, fresh)
+                live.references += 1
+        if live is not fresh:
+            self._hand_over(fresh, live)
+        return live
 
     def _is_taken(self, name: str, but: Container[Datadir]) -> bool:
         """Whether anything has a name in some datadir other than those given, as far as can be asked."""
@@ -277,67 +325,61 @@ class Namespace:
                         raise
         return False
 
-    def _adopted(self, fresh: Image) -> Image:
-        """Enter an image that was just created; somebody may have looked it up already, and entered it before."""
-        fresh.adopt(fresh.path_fd)
-        with self._table_lock:
-            live = self._live.setdefault(fresh.key, fresh)
-            live.references += 1
-        if live is not fresh:
-            with live.change_lock:
-                if not live.unsealed:
-                    live.adopt(os.dup(fresh.path_fd))
-            fresh.close()
-        return live
+    def _hand_over(self, fresh: Image, live: Image) -> None:
+        """Somebody has looked up an image that was just created, and entered it in the table before."""
+        with live.change_lock:
+            if not live.unsealed:
+                live.adopt(os.dup(fresh.path_fd))
+        fresh.close()
 
-    def declare_size(self, image: Image, size: int, strict: bool) -> None:
-        """Reserve `size` bytes for an image that is being written; place it anew while it is still empty.
+    def reserve(self, image: Image, size: int) -> list[Datadir]:
+        """Reserve `size` bytes for an image where it is, if there is room; gives the datadirs that have it.
 
-        Where no datadir can take it: StorageFull if `strict`, otherwise nothing is reserved (a sparse file may be
-        larger than the disk).
+        Called under the image's change lock, as `declare` and `replace_file` are.
         """
-        with self._named(image), image.change_lock, self._placing:
+        with self._placing:
             image.declared_bytes = 0
-            status = image.status()
-            empty = image.name is not None and status.st_size == 0 and not image.pinned
-            missing = max(0, size - status.st_blocks * 512)
-            fitting = [datadir for datadir in self._placed(missing) if empty or datadir is image.datadir]
-            if not fitting and strict:
-                raise StorageFull(f"no datadir has room for the {size} bytes declared for {image.name!r}")
-            if not fitting:
-                return
-            if not self._well_placed(image, fitting, strict):
-                return
-            image.declared_bytes = size
-            with self._table_lock:
-                self._declared.add(image)
+            fitting = self._placed(max(0, size - image.status().st_blocks * 512))
+            if image.datadir in fitting:
+                self.declare(image, size)
+        return fitting
 
-    def _well_placed(self, image: Image, fitting: list[Datadir], strict: bool) -> bool:
-        """Move the image to a better datadir, if one takes it; False where it can stay nowhere, and need not."""
-        here = image.datadir in fitting
-        if here and image.datadir.priority == fitting[0].priority:
-            return True
-        better = [datadir for datadir in fitting if not here or datadir.priority > image.datadir.priority]
+    def declare(self, image: Image, size: int) -> None:
+        """Count what an image has not yet allocated of `size` bytes as used, until its last writer is gone."""
+        image.declared_bytes = size
+        with self._table_lock:
+            self._declared.add(image)
+
+    @contextlib.contextmanager
+    def promised(self, size: int, passed_over: Collection[Datadir]) -> Iterator[Promise]:
+        """Inside, `size` bytes are promised on the best datadir that has them, but those passed over.
+
+        Raises StorageFull where none has.
+        """
+        with self._placing:
+            fitting = [datadir for datadir in self._placed(size) if datadir not in passed_over]
+            if not fitting:
+                raise StorageFull(f"no other datadir has room for {size} bytes")
+            promise = Promise(fitting[0], size)
+            with self._table_lock:
+                self._promises.add(promise)
         try:
-            self._place_anew(image, better)
-        except (StorageFull, ImageExists):
-            if strict and not here:
-                raise
-            return here
-        return True
+            yield promise
+        finally:
+            with self._table_lock:
+                self._promises.discard(promise)
 
     def reserved_bytes(self, datadir: Datadir) -> int:
         """What is promised to images that are being written on a datadir's filesystem and not allocated yet."""
-        if not self._declared:
-            return 0
         with self._table_lock:
             declared = list(self._declared)
             for image in declared:
                 image.references += 1
+            promised: list[Image | Promise] = [*declared, *self._promises]
         reserved = sum(
-            image.outstanding_bytes()
-            for image in declared
-            if image.datadir.device == datadir.device and image.datadir.offline is None
+            one.outstanding_bytes()
+            for one in promised
+            if one.datadir.device == datadir.device and one.datadir.offline is None
         )
         for image in declared:
             self.let_go(image)
@@ -353,7 +395,7 @@ class Namespace:
         try:
             return placement.Candidate(datadir, datadir.priority, datadir.free_bytes() - kept)
         except OSError as error:
-            if not datadir.is_lost(error):
+            if not datadir.may_be_spared(error):
                 raise
             return None
 
@@ -375,26 +417,43 @@ class Namespace:
                 log.warning("datadir %s is passed over for %r: %s", datadir.path, name, error.strerror)
         raise StorageFull(f"no datadir has room for {name!r}")
 
-    def _place_anew(self, image: Image, fitting: list[Datadir]) -> None:
-        """Move an image that has no bytes yet; its handles continue in the new file."""
-        assert image.name is not None
-        before, old = image.status(), image.datadir
-        mode, owner = stat.S_IMODE(before.st_mode), Owner(before.st_uid, before.st_gid)
-        datadir, fd, _ = self._create_in(fitting, image.name, mode, owner)
-        try:
-            for attribute in old.xattrs.list(image.path_fd):
-                if attribute.startswith("user."):
-                    datadir.xattrs.set(fd, attribute, old.xattrs.get(image.path_fd, attribute))
-        except BaseException:
-            os.close(fd)
-            datadir.unlink(image.name)
-            raise
-        old.xattrs.forget(before.st_ino)
+    def replace_file(self, image: Image, transit: Transit) -> None:
+        """An image goes on in a copy of its file, in another datadir; all its handles go with it.
+
+        After a crash at any point one of the two files has the name. Raises OSError where nothing was changed.
+        """
+        with _duplicate(image.open_for_write()) as old_fd, self._named(image), contextlib.ExitStack() as undo:
+            name, old, key = image.name, image.datadir, image.key
+            if name is None or not self._is_at(image, name):
+                raise ImageNotFound(f"{name!r} is another file by now")
+            if any(datadir.has_any(name) for datadir in self.online() if datadir is not old):
+                raise ImageExists(f"{name!r} is in more than one datadir")
+            # Known by both files, so that whoever finds either finds the image; no number is used again meanwhile.
+            transit.datadir.take_over(transit.ino, old.identity(key[1]))
+            new_key = key_of(os.fstat(transit.fd))
+            self._know_as(image, new_key)
+            undo.callback(self._know_no_more, new_key)
+            transit.announce(name, old, key[1])
+            undo.callback(transit.forget_note)
+            transit.arrive(name)
+            undo.callback(transit.withdraw, name)
+            image.move_to(transit.datadir, transit.fd)
+            undo.callback(image.move_to, old, old_fd)
+            self._moves += 1
+            old.unlink(name)
+            undo.pop_all()
+            self._noted(old, name)
+            self._noted(transit.datadir, name)
+            self._know_no_more(key)
+            _settle(transit, old, key[1])
+
+    def _know_as(self, image: Image, key: Key) -> None:
         with self._table_lock:
-            del self._live[image.key]
-            image.move_to(datadir, fd)
-            self._live[image.key] = image
-        old.unlink(image.name)
+            self._live[key] = image
+
+    def _know_no_more(self, key: Key) -> None:
+        with self._table_lock:
+            del self._live[key]
 
     @contextlib.contextmanager
     def _named(self, image: Image) -> Iterator[None]:
@@ -561,14 +620,7 @@ def _create_file(datadir: Datadir, name: str, mode: int, owner: Owner) -> tuple[
     try:
         status = os.fstat(fd)
         datadir.xattrs.forget(status.st_ino)  # of an earlier inode of this number
-        if owner.uid not in (-1, status.st_uid) or owner.gid not in (-1, status.st_gid):
-            try:
-                os.fchown(fd, owner.uid, owner.gid)
-            except PermissionError:
-                log.debug("image %r can't be given to %s; it stays with the daemon", name, owner)
-                mode &= ~(stat.S_ISUID | stat.S_ISGID)  # they would act for the daemon
-        if given_away or mode != stat.S_IMODE(status.st_mode):
-            os.fchmod(fd, mode)
+        give(fd, status, mode, owner)
     except BaseException:
         _unmake_file(datadir, name, fd)
         raise
@@ -578,3 +630,36 @@ def _create_file(datadir: Datadir, name: str, mode: int, owner: Owner) -> tuple[
 def _unmake_file(datadir: Datadir, name: str, fd: int) -> None:
     os.close(fd)
     datadir.unlink(name)
+
+
+def _settle(transit: Transit, old: Datadir, old_ino: int) -> None:
+    """The old file is gone: put that on stable storage, and take the note away."""
+    try:
+        old.xattrs.forget(old_ino)
+        old.sync()
+        transit.forget_note()
+    except OSError as error:
+        log.warning("a relocation from %s is to be completed at the next start: %s", old.path, error.strerror)
+
+
+@contextlib.contextmanager
+def _duplicate(fd: int) -> Iterator[int]:
+    """Another descriptor of an open file, while inside."""
+    duplicate = os.dup(fd)
+    try:
+        yield duplicate
+    finally:
+        os.close(duplicate)
+
+
+def give(fd: int, status: os.stat_result, mode: int, owner: Owner) -> None:
+    """Give an open file exactly this mode, and this owner where the process may; `status` is its fstat(2)."""
+    strange = owner.uid not in (-1, status.st_uid) or owner.gid not in (-1, status.st_gid)
+    if strange:
+        try:
+            os.fchown(fd, owner.uid, owner.gid)
+        except PermissionError:
+            log.debug("a new image can't be given to %s; it stays with the daemon", owner)
+            mode &= ~(stat.S_ISUID | stat.S_ISGID)  # they would act for the daemon
+    if strange or mode != stat.S_IMODE(status.st_mode):
+        os.fchmod(fd, mode)

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from imgfs.datadir import Datadir
+from imgfs.datadir import FULL_ERRNOS, Datadir
 from imgfs.errors import DatadirOffline, ImageChanging, Interrupted, SealingFailed
 from imgfs.hashing import Digests, DigestStream, HashPool, digest_file
 from imgfs.image import Image
@@ -49,7 +49,15 @@ class SealingRules:
 class Sealer:
     """Seals images; tells `sealed` of each one when it is done with it, in whatever state."""
 
-    def __init__(self, pool: HashPool, rules: SealingRules, sealed: Callable[[Image], None]) -> None:
+    def __init__(
+        self,
+        pool: HashPool,
+        rules: SealingRules,
+        sealed: Callable[[Image], None],
+        make_room: Callable[[Image], None],
+    ) -> None:
+        """`make_room` finds an image another place where its datadir has no room for the record."""
+        self._make_room = make_room
         self._pool = pool
         self._rules = rules
         self._sealed = sealed
@@ -283,7 +291,7 @@ class Sealer:
         expectations = _expectations(image)
         unmet = expectations.unmet(digests)
         state = State.FAILED if unmet else State.ACTIVE
-        image.store_record(Record(state, mtime_ns, digests, expectations))
+        self._store(image, Record(state, mtime_ns, digests, expectations))
         image.expectations = Expectations()
         if unmet:
             image.sync()  # after a crash, too, nobody may take it for good
@@ -291,6 +299,17 @@ class Sealer:
         with image.lock:
             image.unsealed = False
             image.failed = unmet is not None
+
+    def _store(self, image: Image, new: Record) -> None:
+        try:
+            image.store_record(new)
+        except OSError as error:
+            if error.errno not in FULL_ERRNOS:
+                raise
+            if image.name is None:
+                raise Interrupted("the image was removed") from None
+            self._make_room(image)
+            image.store_record(new.stamped(image.status().st_mtime_ns))
 
 
 def _may_rest(image: Image) -> bool:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 from imgfs import location as locations
 from imgfs import membership, names
@@ -41,6 +41,7 @@ from imgfs.image import Handle, Image
 from imgfs.membership import Returning
 from imgfs.namespace import NOBODY_IN_PARTICULAR, Namespace, Owner
 from imgfs.record import State
+from imgfs.relocation import Relocator
 from imgfs.resealing import Resealer
 from imgfs.sealing import Sealer, SealingRules
 from imgfs.timed import TimedImage
@@ -83,7 +84,7 @@ class ImageStore:
         self._labels = {datadir.path: self._label(datadir) for datadir in self.datadirs}
         self._pool = HashPool()
         rules = SealingRules(config.hashing_algo, config.file_perm)
-        self._sealer = Sealer(self._pool, rules, self._sealed)
+        self._sealer = Sealer(self._pool, rules, self._sealed, self._make_room_for_record)
         self._changed: ImageChanged = lambda _name, _bytes: None
         self._stuck: Callable[[list[Call]], None] = lambda _calls: None
         self._watcher: Watcher | None = None
@@ -103,8 +104,9 @@ class ImageStore:
                 noted=self._catalogue.note,
             )
         except BaseException:
-            self.close()
+            self._let_go()
             raise
+        self._relocator = Relocator(self._namespace)
         self._copies = self._namespace.copies
         self._copies.watch(lambda name: self._changed(name, True))
         if config.reseal is Reseal.BACKGROUND:
@@ -122,6 +124,10 @@ class ImageStore:
 
     def close(self) -> None:
         """Finish the seals that need no reading, leave the others stale, and let go of the datadirs."""
+        self._relocator.close()
+        self._let_go()
+
+    def _let_go(self) -> None:
         if self._returning:
             self._returning.close()
         if self._watcher:
@@ -140,11 +146,11 @@ class ImageStore:
                 datadir.close()
 
     def on_stuck(self, stuck: Callable[[list[Call]], None]) -> None:
-        """Have `stuck` called with calls that a datadir, offline by now, has not answered; more than once, maybe."""
+        """Have `stuck` called with calls that a datadir does not answer, given up or not yet; see Health."""
         self._stuck = stuck
 
     def _calls_stuck(self, calls: list[Call]) -> None:
-        threads = {call.thread for call in calls}
+        threads = {call.thread for call in calls if call.given_up}
         self._namespace.replace(threads)
         self._sealer.replace(threads)
         self._stuck(calls)
@@ -164,6 +170,10 @@ class ImageStore:
         self._watcher = watch(self.datadirs, self._changed_directly)
         return self._watcher is not None
 
+    def give_up_relocations_when(self, abandoned: Stop) -> None:
+        """Have it asked whether the writer that waits for a relocation, in whose thread that is, still wants it."""
+        self._relocator.abandoned = abandoned
+
     def _returned(self, datadir: Datadir) -> None:
         """Serve a datadir that was absent and is open now."""
         datadir.come_back()
@@ -179,6 +189,9 @@ class ImageStore:
             self._catalogue.note(image.datadir, image.name)
             self._changed(image.name, False)
         self._namespace.let_go(image)
+
+    def _make_room_for_record(self, image: Image) -> None:
+        self._relocator.make_room_for_record(image)
 
     def _changed_directly(self, told: dict[str, bool] | None) -> None:
         """Pass on what may be news; of an image that is written here right now nobody keeps anything."""
@@ -324,19 +337,65 @@ class ImageStore:
         if handle.image.is_new and not handle.status().st_size:
             self._namespace.discard(handle.image)
 
+    def write(self, handle: Handle, data: bytes | memoryview, offset: int) -> int:
+        """Write at `offset`; gives the bytes written. An image that finds no room is relocated first.
+
+        Raises StorageFull where no datadir can take it.
+        """
+        written = 0
+        while written < len(data):
+            rest = memoryview(data)[written:] if written else data
+            try:
+                written += self._with_room(handle, offset + written, len(rest), handle.write, rest, offset + written)
+            except OSError:
+                if written:
+                    break  # the next call will show it (write(2))
+                raise
+        return written
+
+    def copy_range(self, source: Handle, source_offset: int, handle: Handle, offset: int, length: int) -> int:
+        """copy_file_range(2); gives the bytes copied. An image that finds no room is relocated first."""
+        copied: int = self._with_room(handle, offset, length, handle.copy_from, source, source_offset, offset, length)
+        return copied
+
+    def _with_room(self, handle: Handle, offset: int, length: int, act: Callable[..., T], *arguments: Any) -> T:
+        """Do something that may take `length` bytes at `offset`, again wherever the image finds room.
+
+        Raises StorageFull where no datadir can take it.
+        """
+        datadir = handle.image.datadir
+        try:
+            return act(*arguments)
+        except OSError as error:
+            if error.errno not in FULL_ERRNOS:
+                raise
+            no_room, full = error, {datadir}
+        while True:
+            try:
+                self._relocator.relocate(handle.image, offset, length, full)
+            except StorageFull as error:
+                raise error from no_room
+            datadir = handle.image.datadir
+            try:
+                return act(*arguments)
+            except OSError as error:
+                if error.errno not in FULL_ERRNOS:
+                    raise
+                full.add(datadir)
+
     def truncate(self, handle: Handle, size: int) -> None:
         """ftruncate(2); on an empty new image the size counts as a declared one, too (for its placement)."""
         image = handle.image
         if size and image.unsealed and image.status().st_size == 0:
-            self._namespace.declare_size(image, size, strict=False)
-        handle.truncate(size)
+            self._relocator.declare_size(image, size, strict=False)
+        self._with_room(handle, size, 0, handle.truncate, size)
 
     def allocate(self, handle: Handle, mode: int, offset: int, length: int) -> None:
         """fallocate(2); on an empty new image it counts as a declared size, too (for its placement)."""
         image = handle.image
         if image.unsealed and image.status().st_size == 0:
-            self._namespace.declare_size(image, offset + length, strict=False)
-        handle.allocate(mode, offset, length)
+            self._relocator.declare_size(image, offset + length, strict=False)
+        self._with_room(handle, offset, length, handle.allocate, mode, offset, length)
 
     # --- sealing ---
 
@@ -351,7 +410,7 @@ class ImageStore:
         Raises NotPermitted once the image is sealed, StorageFull where no datadir can take it.
         """
         image.require_saving()
-        self._namespace.declare_size(image, size, strict=True)
+        self._relocator.declare_size(image, size, strict=True)
         image.expect(size=size)
 
     def digests(self, name: str, interrupted: Stop = never) -> Digests:
@@ -466,13 +525,13 @@ class ImageStore:
         """Write all of the data and close the handle; gives the bytes written."""
         try:
             if size:
-                self._namespace.declare_size(handle.image, size, strict=True)
+                self._relocator.declare_size(handle.image, size, strict=True)
             written = 0
             for chunk in _chunks(data, self.config.chunk_size_bytes):
                 if size and written + len(chunk) > size:
                     raise SizeMismatch(f"more than the declared {size} bytes came")
                 # Hashed after this returns, so it must not be a buffer that its owner fills again.
-                _write_all(handle, bytes(chunk), written)
+                self._write_all(handle, bytes(chunk), written)
                 written += len(chunk)
                 if verifier is not None:
                     verifier.update(chunk)
@@ -486,6 +545,13 @@ class ImageStore:
             raise
         finally:
             self.close_handle(handle)
+
+    def _write_all(self, handle: Handle, chunk: bytes, offset: int) -> None:
+        """Write until nothing is left, so that an error cut short by bytes already written is shown, too."""
+        view = memoryview(chunk)
+        while view:
+            written = self.write(handle, view, offset)
+            view, offset = view[written:], offset + written
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> Iterator[bytes]:
         """The bytes of an image, from an offset, as many as wanted, in chunks of `chunk_size` (Glance 14).
@@ -522,14 +588,6 @@ def _chunks(data: Readable | Iterable[bytes], size: int) -> Iterator[bytes]:
         yield from iter(lambda: data.read(size), b"")
     else:
         yield from data
-
-
-def _write_all(handle: Handle, chunk: bytes, offset: int) -> None:
-    """Write until nothing is left, so that an error cut short by bytes already written is shown, too."""
-    view = memoryview(chunk)
-    while view:
-        written = handle.write(view, offset)
-        view, offset = view[written:], offset + written
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from imgfs.calls import Calls
 from imgfs.datadir import Datadir, Entry
-from imgfs.errors import DatadirOffline
+from imgfs.errors import AnsweredTooLate, DatadirOffline
 from imgfs.image import Image
 from imgfs.xattrs import Xattrs
 
@@ -60,22 +60,25 @@ class TimedDatadir(Datadir):
 
     def _ask(self, call: Callable[[], T], undo: Callable[[T], None]) -> T:
         """Whoever was told that the datadir is offline must not go on when it answers after all."""
+        self._require_progress()
         number = self.calls.begin()
-        in_time = False
         try:
-            self._require_willing()
+            self.require_online()
             answer = call()
-        finally:
-            in_time = self.calls.end(number)
-        if not in_time:
+        except BaseException:
+            if not self.calls.end(number):
+                raise AnsweredTooLate(f"datadir {self.path} has answered too late") from None
+            raise
+        if not self.calls.end(number):
             undo(answer)
-            raise DatadirOffline(f"datadir {self.path} has answered too late")
+            raise AnsweredTooLate(f"datadir {self.path} has answered too late")
         return answer
 
     def attempt(self, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+        self._require_progress()
         number = self.calls.begin()
         try:
-            self._require_willing()
+            self.require_online()
             return call(*args, **options)
         finally:
             self.calls.end(number)
@@ -124,16 +127,17 @@ class TimedDatadir(Datadir):
         while batch := self.ask(lambda: list(itertools.islice(found, _BATCH))):
             yield from batch
 
-    def _require_willing(self) -> None:
-        self.require_online()
+    def come_back(self) -> None:
+        self.calls.stalled = False
+        super().come_back()
+
+    def _require_progress(self) -> None:
         if self.calls.stalled:
             raise DatadirOffline(f"datadir {self.path} does not answer, and too many wait for it already")
 
 
 class TimedImage(Image):
     """An image of a TimedDatadir."""
-
-    datadir: TimedDatadir
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)

@@ -87,6 +87,7 @@ class Mounter:
     def __init__(self, tmp_path: Path, transport: str) -> None:
         self._tmp_path = tmp_path
         self.transport = transport
+        self.verbosity = "-v"
         self._mounted: list[Mounted] = []
 
     def __call__(
@@ -106,7 +107,8 @@ class Mounter:
         log = config.parent / f"log{len(self._mounted)}"
         with open(log, "wb") as output:
             daemon = subprocess.Popen(
-                [*IMGFS, "-v", "mount", "--foreground", "--transport", self.transport, *options, config, mountpoint],
+                [*IMGFS, self.verbosity, "mount", "--foreground", "--transport", self.transport, *options, config,
+                 mountpoint],
                 stdin=subprocess.DEVNULL, stdout=output, stderr=output,
             )  # fmt: skip
         wait_until(lambda: daemon.poll() is not None or mounts.is_imgfs(mountpoint), "the mount")

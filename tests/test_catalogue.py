@@ -266,11 +266,11 @@ def test_latest_list_counts(tmp_path: Path) -> None:
     with ImageStore(load(write_config(tmp_path, ["a:3", "b:2", "c:1"]))) as store:
         a, b, c = store.datadirs
         for keeper, name, mtime in ((b, "old", 1), (c, "new", 2)):
-            assert keeper.own_fd is not None
-            assert a.identity is not None
-            Journal(keeper.own_fd, a.identity).append([line_of(name, ONE)])
-            os.utime(f"catalogue-{a.identity}", (mtime, mtime), dir_fd=keeper.own_fd)
-        assert list(latest(a.identity, [b, c])) == ["new"]
+            assert keeper.has_own
+            assert a.marked_as is not None
+            Journal(keeper.own_fd, a.marked_as).append([line_of(name, ONE)])
+            os.utime(f"catalogue-{a.marked_as}", (mtime, mtime), dir_fd=keeper.own_fd)
+        assert list(latest(a.marked_as, [b, c])) == ["new"]
 
 
 def test_store_of_one_datadir_keeps_no_list(tmp_path: Path) -> None:

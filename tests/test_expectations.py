@@ -331,12 +331,15 @@ def test_expected_size_is_not_promised_twice(filesystem: Callable[..., Path], mo
     assert_sealed(images / "b")
 
 
-def test_image_with_bytes_is_not_moved_by_its_expected_size(filesystem: Callable[..., Path], mount: Mounter) -> None:
+def test_image_with_bytes_moves_where_its_expected_size_fits(filesystem: Callable[..., Path], mount: Mounter) -> None:
     images = mount([f"{filesystem('tmpfs', 8)}:200", f"{filesystem('tmpfs', 32)}:100"])
     fill(images.datadirs[0], 4 * MIB)
     with writing(images / "a") as fd:
         with fails_with(errno.ENOSPC):
-            expect(fd, "size", str(12 * MIB))
+            expect(fd, "size", str(64 * MIB))
+        assert attribute(images / "a", "datadir") == str(images.datadirs[0])
+        expect(fd, "size", str(12 * MIB))
+        assert attribute(images / "a", "datadir") == str(images.datadirs[1])
         expect(fd, "size", str(len(CONTENT)))
-    assert attribute(images / "a", "datadir") == str(images.datadirs[0])
+    assert attribute(images / "a", "datadir") == str(images.datadirs[1])
     assert_sealed(images / "a", md5(CONTENT))

@@ -1,17 +1,20 @@
 """Digests of streams and files, compared with what hashlib says of the same bytes."""
 
+import ctypes
 import hashlib
+import mmap
 import os
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from imgfs import hashing
 from imgfs.errors import ImageChanging, Interrupted
-from imgfs.hashing import Digests, DigestStream, HashPool, data_spans, digest_file, hex_digits, usable_algorithm
+from imgfs.hashing import Digests, DigestStream, HashPool, digest_file, hex_digits, usable_algorithm
+from imgfs.sparse import data_spans
 from tests.conftest import wait_until
 
 MIB = 1 << 20
@@ -389,3 +392,31 @@ def test_short_gaps_do_not_break_a_stream(pool: HashPool) -> None:
     digests = stream.finish(len(content))
     assert digests is not None
     assert digests.checksum == hashlib.md5(content).hexdigest()
+
+
+def cached_mib(path: Path) -> int:
+    """How much of a file is in the page cache, rounded to MiB (mincore(2)); asking does not change it."""
+    with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+        pages = (len(mapped) + mmap.PAGESIZE - 1) // mmap.PAGESIZE
+        resident = ctypes.create_string_buffer(pages)
+        start = ctypes.c_char.from_buffer(mapped)
+        assert ctypes.CDLL(None).mincore(ctypes.byref(start), ctypes.c_size_t(len(mapped)), resident) == 0
+        del start
+        return round(sum(page & 1 for page in resident.raw) * mmap.PAGESIZE / MIB)
+
+
+def test_reading_leaves_the_page_cache_as_it_was(filesystem: Callable[..., Path], pool: HashPool) -> None:
+    content = random.Random(11).randbytes(40 * MIB + 5)
+    path = filesystem("ext4", 64) / "image"
+    path.write_bytes(content)
+    with open(path, "rb", buffering=0) as file:
+        fd = file.fileno()
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        assert cached_mib(path) == 0
+        assert digest_file(fd, len(content), pool, "sha512") == digests_by_hashlib(content)
+        assert cached_mib(path) <= 2  # what was read ahead of a window's end
+        assert len(os.pread(fd, len(content), 0)) == len(content)
+        assert cached_mib(path) == 40
+        assert digest_file(fd, len(content), pool, "sha512") == digests_by_hashlib(content)
+        assert cached_mib(path) == 40

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.clients import MIB, assert_sealed, fails_with, fill, md5, new_image
-from tests.conftest import Mounted, attribute, run, wait_until
+from tests.conftest import FaultyMaker, Mounted, attribute, run, wait_until
 
 Filesystem = Callable[..., Path]
 Mount = Callable[..., Mounted]
@@ -116,6 +116,38 @@ def test_datadir_on_a_read_only_filesystem_is_served(filesystem: Filesystem, mou
     run("mount", "-o", "remount,ro", below)
     images = mount([{"path": str(below), "mode": "ro"}])
     assert_sealed(images / "old", md5(content))
+
+
+def test_datadir_that_turns_read_only_is_passed_over_until_it_is_writable_again(
+    filesystem: Filesystem, mount: Mount
+) -> None:
+    images = mount([f"{filesystem('tmpfs', 16)}:200", f"{filesystem('tmpfs', 16)}:100"])
+    images.expect_warning("fs0 is on a read-only filesystem: new images go elsewhere")
+    old = new_image(images / "old")
+    assert_sealed(images / "old", md5(old))
+    run("mount", "-o", "remount,ro", images.datadirs[0])
+    for name in "abc":
+        assert_sealed(images / name, md5(new_image(images / name)))
+        assert datadir_of(images / name) == "fs1"
+    assert_sealed(images / "old", md5(old))
+    with fails_with(errno.EROFS):
+        (images / "old").unlink()
+    run("mount", "-o", "remount,rw", images.datadirs[0])
+    new_image(images / "d")
+    assert datadir_of(images / "d") == "fs0"
+    assert images.log.read_text().count("read-only filesystem") == 1
+
+
+def test_datadir_that_answers_read_only_is_not_tried_each_time(faulty: FaultyMaker, mount: Mount) -> None:
+    """A server may export read-only what looks writable to its clients."""
+    refusing = faulty()
+    images = mount([f"{refusing.path}:200", "low:100"])
+    images.expect_warning("read-only filesystem: new images go elsewhere|is passed over for 'a': Read-only")
+    refusing.fault("EROFS", "create")
+    for name in "abc":
+        assert_sealed(images / name, md5(new_image(images / name)))
+        assert datadir_of(images / name) == "low"
+    assert refusing.calls().get("create") == 1
 
 
 def test_min_free_is_left_free(filesystem: Filesystem, mount: Mount) -> None:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from imgfs.kernel.device import Device
 from imgfs.kernel.operations import Caller, StuckCall
 from imgfs.kernel.requests import Header
+from imgfs.linux import is_dying
 
 _REMEMBERED = 256
 _NONE = Header(0, 0, 0, 0, 0, 0, 0, 0, 0)
@@ -64,6 +65,10 @@ class RequestContext:
         """Whether the calling thread's request was interrupted (signal(7)), or its mount is gone."""
         work: Work | None = getattr(self._local, "work", None)
         return work is not None and (self._ended or work.interrupted_unique == work.header.unique)
+
+    def abandoned(self) -> bool:
+        """Whether nobody waits for an answer: the mount is gone, or the signal ends whoever made the request."""
+        return self._ended or (self.interrupted() and is_dying(self.caller().pid))
 
     def begin(self, header: Header, device: Device | None = None, data: bytes = b"", again: bool = False) -> Work:
         """The calling thread works on this request until `end`."""

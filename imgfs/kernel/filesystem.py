@@ -83,7 +83,7 @@ class Filesystem:
                 if error.errno == errno.ENOENT and any(self._negative):
                     return replies.negative_entry_out(self._negative)
                 raise
-            node = self._nodes.look_up(path, attr["st_ino"])
+            node = self._nodes.look_up(path, _identity(attr))
             if self._nodes.steady(path) and (known is node or known is None or known.path is None):
                 return replies.entry_out(node.nodeid, self._timeouts, attr)
             if attempt < _ATTEMPTS - 1:
@@ -195,7 +195,7 @@ class Filesystem:
             return self._entry_out(node) + self._open(node, request.flags, request.open_flags)
         self._nodes.unlink(path)
         attr = self._guarded(path, fh, lambda: self._call("getattr", path, fh))
-        node = self._nodes.look_up(path, attr["st_ino"])
+        node = self._nodes.look_up(path, _identity(attr))
         mode = self._handles.add(fh, node.nodeid, request.flags, None)
         return replies.entry_out(node.nodeid, self._timeouts, attr) + replies.open_out(fh, *mode)
 
@@ -505,7 +505,7 @@ class Filesystem:
             attr = self._call("getattr", path, None)
         except OSError:
             return replies.bare_direntplus(entry.ino, offset, entry.mode, entry.name)
-        node = self._nodes.look_up(path, attr["st_ino"])
+        node = self._nodes.look_up(path, _identity(attr))
         sure = self._nodes.steady(path) and (known is node or known is None or known.path is None)
         timeouts = self._timeouts if sure else replies.NEVER
         return replies.direntplus(node.nodeid, timeouts, attr, offset, entry.name)
@@ -522,6 +522,12 @@ def _check_namespace(name: bytes) -> None:
 
 def _error(code: int) -> OSError:
     return OSError(code, os.strerror(code))
+
+
+def _identity(attr: Attributes) -> int:
+    """What tells files apart: the inode number, unless the operations say that it may change."""
+    identity: int = attr.get("identity") or attr["st_ino"]
+    return identity
 
 
 def _entry(item: Any) -> Entry:

@@ -20,6 +20,9 @@ class StuckCall(Protocol):
     @property
     def thread(self) -> int: ...
 
+    @property
+    def given_up(self) -> bool: ...
+
     def is_under_way(self) -> bool: ...
 
 

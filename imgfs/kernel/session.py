@@ -96,6 +96,7 @@ class KernelSession:
         self._connection: int | None = None
         self._connected = True
         self._cut_off = False
+        self._tells_requests = log.isEnabledFor(logging.DEBUG)
 
     # The life of the mount
 
@@ -204,15 +205,15 @@ class KernelSession:
     # One request, one reply
 
     def give_up(self, calls: Iterable[StuckCall]) -> None:
-        """These calls do not come back: answer in place of their threads, which are not waited for any more.
+        """These calls do not come back: do without their threads, and answer in place of those that are given up.
 
         What only asks is asked again by another thread, as it may concern something else than what is stuck.
         """
         for call in calls:
-            taken = self._context.take_over(call)
+            self._readers.lose(call.thread)
+            taken = self._context.take_over(call) if call.given_up else None
             if taken is None:
                 continue
-            self._readers.lose(call.thread)
             if taken.header.opcode in _ASKS and not taken.again:
                 arguments = (taken.device, taken.data, True)
                 threading.Thread(target=self._answer, args=arguments, name="fuse-again", daemon=True).start()
@@ -232,6 +233,8 @@ class KernelSession:
             if header.opcode not in SILENT:
                 device.refuse(header.unique, errno.ENOSYS)
             return
+        if self._tells_requests:
+            log.debug("request %d: %s of inode %d", header.unique, OPCODES[header.opcode].name, header.nodeid)
         work = self._context.begin(header, device, data, again)
         try:
             body, code = route.handle(header, route.parse(data)), 0

@@ -552,6 +552,40 @@ def test_unknown_requests_are_refused_and_the_mount_lives(image: Mount) -> None:
     assert os.listdir(image.path) == ["image"]
 
 
+CONNECTIONS = Path("/sys/fs/fuse/connections")
+
+
+@pytest.fixture
+def fusectl() -> Iterator[None]:
+    """The control filesystem of FUSE, which systemd mounts and a container may lack."""
+    mounted_here = not is_mounted(CONNECTIONS)
+    if mounted_here:
+        subprocess.run(["mount", "-t", "fusectl", "none", CONNECTIONS], check=True)
+    try:
+        yield
+    finally:
+        if mounted_here:
+            subprocess.run(["umount", CONNECTIONS], check=True)
+
+
+@pytest.mark.usefixtures("fusectl")
+def test_session_aborts_itself_through_fusectl(image: Mount) -> None:
+    test_session_ends_cleanly_after_abort(image)
+
+
+@pytest.mark.usefixtures("fusectl")
+def test_an_administrator_aborts_the_connection(image: Mount) -> None:
+    fd = os.open(image.path / "image", os.O_RDONLY)
+    (CONNECTIONS / str(os.minor(image.path.stat().st_dev)) / "abort").write_text("1")
+    image.process.wait(10)
+    assert not is_mounted(image.path)
+    with pytest.raises(OSError) as caught:
+        os.fsync(fd)
+    assert caught.value.errno == errno.ENOTCONN
+    os.close(fd)
+    assert image.end()["open_files"] == 0
+
+
 def test_session_ends_cleanly_after_abort(image: Mount) -> None:
     fd = os.open(image.path / "image", os.O_RDWR)
     image.ask("abort")
