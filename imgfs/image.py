@@ -117,19 +117,32 @@ class Image:
 
     def open_for_read(self) -> int:
         """A descriptor that can be read from, shared by all handles."""
-        if self._read_fd is None and self._write_fd is None:
-            with self.change_lock:
-                if self._read_fd is None and self._write_fd is None:
-                    self._read_fd = self.datadir.obtain(os.close, os.open, proc_path(self.path_fd), _READ)
+        while self._read_fd is None and self._write_fd is None:
+            fd, key = self._reopened(_READ)
+            with self.lock:
+                wanted = self._read_fd is None and self._write_fd is None and key == self.key
+                if wanted:
+                    self._read_fd = fd
+            if not wanted:
+                os.close(fd)
         return self.fd
 
     def open_for_write(self) -> int:
         """A descriptor that can be read from and written to, shared by all writers."""
-        if self._write_fd is None:
-            with self.change_lock:
-                if self._write_fd is None:
-                    self._write_fd = self.datadir.obtain(os.close, os.open, proc_path(self.path_fd), _WRITE)
+        while self._write_fd is None:
+            fd, key = self._reopened(_WRITE)
+            with self.lock:
+                wanted = self._write_fd is None and key == self.key
+                if wanted:
+                    self._write_fd = fd
+            if not wanted:
+                os.close(fd)
         return self._write_fd
+
+    def _reopened(self, flags: int) -> tuple[int, Key]:
+        """Another descriptor of the file, and which file that is: it may be moved at this moment."""
+        fd = self.datadir.obtain(os.close, os.open, proc_path(self.path_fd), flags)
+        return fd, key_of(os.fstat(fd))
 
     def read(self, size: int, offset: int) -> bytes:
         """pread(2)."""
