@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from imgfs import mounts
-from tests.conftest import Mounted, Mounter, attribute, run, wait_until
+from tests.conftest import WAIT_SECONDS, Mounted, Mounter, attribute, run, wait_until
 
 MIB = 1 << 20
 OLD_MTIME_NS = 1_234_567_890_123_456_789
@@ -77,8 +77,10 @@ def run_as(
 def crash(mounter: Mounter, mounted: Mounted) -> None:
     """End a daemon by SIGKILL and take its dead mount away; nothing is asked of it any more."""
     mounted.daemon.send_signal(signal.SIGKILL)
-    mounted.daemon.wait()
-    mounts.detach(str(mounted.path))
+    try:
+        mounted.daemon.wait(WAIT_SECONDS)
+    finally:
+        mounts.detach(str(mounted.path))
     mounter._mounted.remove(mounted)
 
 

@@ -6,6 +6,9 @@ import hashlib
 import json
 import mmap
 import os
+import random
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -16,7 +19,8 @@ import pytest
 from imgfs import ImageStore, State
 from imgfs.errors import NameDoubled, NotPermitted
 from imgfs.image import Handle
-from tests.conftest import Mounter, attribute, run, wait_until, write_config
+from tests.clients import crash
+from tests.conftest import WAIT_SECONDS, Mounter, attribute, run, wait_until, write_config
 
 OpenStore = Callable[..., ImageStore]
 ON_KERNEL = pytest.mark.parametrize("mount", ["kernel"], indirect=True)
@@ -281,3 +285,37 @@ def test_daemon_that_may_not_give_files_away_makes_none_setuid(tmp_path: Path, s
 
 def _site_packages() -> list[str]:
     return [str(Path(pytest.__file__).parents[1])]
+
+
+KILLS = 6
+RESTLESS = """
+import os, random, sys
+while True:
+    one, other = (f"{sys.argv[1]}/x{random.randrange(30)}" for _ in range(2))
+    try:
+        random.choice([lambda: open(one, "w").close(), lambda: os.rename(one, other), lambda: os.unlink(one)])()
+    except FileNotFoundError:
+        pass
+    except OSError:
+        break
+"""
+
+
+@ON_KERNEL
+def test_a_daemon_killed_while_names_change_everywhere_is_gone_at_once(mount: Mounter) -> None:
+    """A thread that waits for a lock of the kernel can't be killed; the daemon must never be in such a place."""
+    mounted = mount()
+    for _ in range(KILLS):
+        clients = [subprocess.Popen([sys.executable, "-c", RESTLESS, str(mounted.path)]) for _ in range(3)]
+        try:
+            until = time.monotonic() + random.uniform(0.2, 0.6)
+            while time.monotonic() < until:
+                path = random.choice(mounted.datadirs) / f"x{random.randrange(30)}"
+                with contextlib.suppress(FileNotFoundError):
+                    random.choice([path.touch, path.unlink])()
+            crash(mount, mounted)
+        finally:
+            for client in clients:
+                client.kill()
+                client.wait(WAIT_SECONDS)
+        mounted = mount.mount(mounted.config, mounted.path)

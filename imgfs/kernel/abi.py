@@ -121,6 +121,7 @@ FUSE_COPY_FILE_RANGE_64: Final = 53
 FUSE_NOTIFY_INVAL_INODE: Final = 2
 FUSE_NOTIFY_INVAL_ENTRY: Final = 3
 FUSE_NOTIFY_DELETE: Final = 6
+FUSE_NOTIFY_INC_EPOCH: Final = 8  # since 7.44
 
 # Device ioctls: _IOR(229, 0, uint32_t), _IOW(229, 1, struct fuse_backing_map), _IOW(229, 2, uint32_t)
 FUSE_DEV_IOC_CLONE: Final = 0x8004E500

@@ -11,6 +11,7 @@ from imgfs.kernel import abi
 from imgfs.kernel.requests import InitIn
 
 OLDEST_MINOR = 23
+EPOCH_MINOR = 44  # FUSE_NOTIFY_INC_EPOCH
 PAGE_SIZE = 4096
 _PAGES_WITHOUT_MAX_PAGES = 32
 

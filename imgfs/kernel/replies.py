@@ -165,6 +165,11 @@ def inval_inode(nodeid: int, offset: int, length: int) -> bytes:
     return _notification(abi.FUSE_NOTIFY_INVAL_INODE, abi.fuse_notify_inval_inode_out.pack(nodeid, offset, length))
 
 
+def inc_epoch() -> bytes:
+    """FUSE_NOTIFY_INC_EPOCH: ask again about every name before it is used; takes no lock."""
+    return _notification(abi.FUSE_NOTIFY_INC_EPOCH, b"")
+
+
 def inval_entry(parent: int, name: bytes) -> bytes:
     """FUSE_NOTIFY_INVAL_ENTRY: forget what is known of a name."""
     body = abi.fuse_notify_inval_entry_out.pack(parent, len(name), 0) + name + b"\0"

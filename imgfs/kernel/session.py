@@ -111,6 +111,7 @@ class KernelSession:
             raise MountError(f"{self.mountpoint} can't be mounted: {error.strerror}", error.errno) from None
         self._device.resize(agreed.max_write)
         self.passthrough = agreed.passthrough
+        self._has_epochs = agreed.minor >= negotiation.EPOCH_MINOR
         self._connection = mount.connection_number(self.mountpoint)
         if self._connection is not None:
             mount.set_readahead(self._connection, agreed.max_write)
@@ -147,15 +148,24 @@ class KernelSession:
 
     def name_added(self, name: str) -> None:
         """A name appeared otherwise than by a request."""
-        self._notifier.send(replies.inval_entry(abi.FUSE_ROOT_ID, os.fsencode(name)))
+        self._doubt_name(replies.inval_entry(abi.FUSE_ROOT_ID, os.fsencode(name)))
         self.invalidate_root()
 
     def name_removed(self, name: str) -> None:
         """A name went otherwise than by a request; what comes back under it is another image."""
         node = self._nodes.unlink(ROOT_PATH + name)
         if node is not None:
-            self._notifier.send(replies.delete(abi.FUSE_ROOT_ID, node.nodeid, os.fsencode(name)))
+            self._doubt_name(replies.delete(abi.FUSE_ROOT_ID, node.nodeid, os.fsencode(name)))
         self.name_added(name)
+
+    def _doubt_name(self, notification: bytes) -> None:
+        """Have the kernel ask again about a name, by this notification if there is no better way.
+
+        To obey one about a name it takes the lock of the directory, for which it may have to wait until a request is
+        answered. Were the daemon killed in that moment, the thread that sent it could not end, and with it neither
+        the connection nor that request.
+        """
+        self._notifier.send(replies.inc_epoch() if self._has_epochs else notification)
 
     def look_again(self, name: str, ino: int | None, *, links: int = 1, data: bool) -> None:
         """Something happened to a name behind the kernel's back; `ino` is what it leads to now, None: nothing.
