@@ -79,6 +79,7 @@ class ImageOperations:
         self._store = store
         self._caller = caller
         self._ready: Callable[[], None] = lambda: None
+        self._destroyed: Callable[[], None] = lambda: None
         self._attributes = ImageAttributes(store, interrupted)
         self._root_attributes = RootAttributes(store, transport)
         self._lock = threading.Lock()
@@ -104,6 +105,19 @@ class ImageOperations:
         """Have `ready` called when fusepy says that the mount is about to answer."""
         self._ready = ready
 
+    def on_destroy(self, destroyed: Callable[[], None]) -> None:
+        """Have `destroyed` called when the mount is gone, and no request is under way."""
+        self._destroyed = destroyed
+
+    def misses_a_datadir(self) -> bool:
+        """Whether some datadir is offline."""
+        return any(datadir.offline is not None for datadir in self._store.datadirs)
+
+    def finish(self) -> None:
+        """End as `destroy` and the store do, though requests are under way that nobody waits for."""
+        self.destroy(ROOT, cut_off=True)
+        self._store.close()
+
     def on_change(self, changed: ImageChanged) -> bool:
         """Have `changed` called when an image changes otherwise than by a request; see ImageStore.on_change."""
         return self._store.on_change(changed)
@@ -122,6 +136,7 @@ class ImageOperations:
         A release that is under way when the mount goes never reaches the daemon; so a handle that was flushed after
         its last write counts as closed, unless the transport knows that it was `cut_off` from open files.
         """
+        self._destroyed()
         with self._lock:
             handles, self._handles = list(self._handles.values()), {}
         for handle in handles:

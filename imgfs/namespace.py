@@ -21,8 +21,16 @@ from typing import TypeVar
 
 from imgfs import names, placement
 from imgfs.copies import Copies, copies_of, described
-from imgfs.datadir import FULL_ERRNOS, Datadir, Entry, Replaced, answers
-from imgfs.errors import ImageExists, ImageNotFound, ImgfsError, NameDoubled, ReservedName, StorageFull
+from imgfs.datadir import FULL_ERRNOS, LOST_ERRNOS, Datadir, Entry, Replaced, answers
+from imgfs.errors import (
+    AnsweredTooLate,
+    ImageExists,
+    ImageNotFound,
+    ImgfsError,
+    NameDoubled,
+    ReservedName,
+    StorageFull,
+)
 from imgfs.image import Image, Key, StreamFactory, key_of
 from imgfs.name_locks import NameLocks, Turn
 from imgfs.transit import Transit, finish_arrivals
@@ -402,7 +410,11 @@ class Namespace:
     def _create_in(
         self, datadirs: Iterable[Datadir], name: str, mode: int, owner: Owner
     ) -> tuple[Datadir, int, os.stat_result]:
-        """A new file in the first datadir that takes it, and its fstat(2) as it was created."""
+        """A new file in the first datadir that takes it, and its fstat(2) as it was created.
+
+        Where none does: the error of one that is broken, if any, else StorageFull.
+        """
+        broken: OSError | None = None
         for datadir in datadirs:
             try:
                 return datadir, *datadir.obtain(
@@ -412,10 +424,12 @@ class Namespace:
             except FileExistsError:
                 raise ImageExists(f"image {name!r} exists") from None
             except OSError as error:
-                if error.errno not in _PASSED_OVER and not datadir.is_lost(error):
+                if error.errno not in _PASSED_OVER | LOST_ERRNOS or isinstance(error, AnsweredTooLate):
                     raise
+                if error.errno in LOST_ERRNOS and not datadir.is_lost(error):
+                    broken = error
                 log.warning("datadir %s is passed over for %r: %s", datadir.path, name, error.strerror)
-        raise StorageFull(f"no datadir has room for {name!r}")
+        raise broken or StorageFull(f"no datadir has room for {name!r}")
 
     def replace_file(self, image: Image, transit: Transit) -> None:
         """An image goes on in a copy of its file, in another datadir; all its handles go with it.

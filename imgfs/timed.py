@@ -7,7 +7,6 @@ one that takes part in a change is made all the same, so that no change is left 
 Threading: as what they stand for. Nobody waits for a lock that a stuck thread holds once the datadir is offline.
 """
 
-import functools
 import itertools
 import os
 import threading
@@ -53,24 +52,27 @@ class TimedDatadir(Datadir):
         self.xattrs = TimedXattrs(self, self.xattrs)
 
     def ask(self, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
-        return self._ask(functools.partial(call, *args, **options), lambda _: None)
+        return self._ask(call, args, options, None)
 
     def obtain(self, undo: Callable[[T], None], call: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
-        return self._ask(functools.partial(call, *args, **options), undo)
+        return self._ask(call, args, options, undo)
 
-    def _ask(self, call: Callable[[], T], undo: Callable[[T], None]) -> T:
+    def _ask(
+        self, call: Callable[..., T], args: tuple[Any, ...], options: dict[str, Any], undo: Callable[[T], None] | None
+    ) -> T:
         """Whoever was told that the datadir is offline must not go on when it answers after all."""
         self._require_progress()
         number = self.calls.begin()
         try:
             self.require_online()
-            answer = call()
+            answer = call(*args, **options)
         except BaseException:
             if not self.calls.end(number):
                 raise AnsweredTooLate(f"datadir {self.path} has answered too late") from None
             raise
         if not self.calls.end(number):
-            undo(answer)
+            if undo is not None:
+                undo(answer)
             raise AnsweredTooLate(f"datadir {self.path} has answered too late")
         return answer
 
@@ -118,6 +120,9 @@ class TimedDatadir(Datadir):
             self.unlink(name)
 
         return self.obtain(undo, super().create, name, mode)
+
+    def create_own(self, name: str) -> int:
+        return self.obtain(os.close, super().create_own, name)
 
     def has_stuck(self, thread: int) -> bool:
         return self.offline is not None and self.calls.has_of(thread)

@@ -1,9 +1,12 @@
 """A datadir that does not answer: it goes offline, nothing else does, and it comes back by itself."""
 
+import contextlib
 import errno
+import fcntl
 import json
 import mmap
 import os
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -12,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from imgfs import mounts
 from tests.clients import assert_sealed, fails_with, md5
 from tests.conftest import WAIT_SECONDS, FaultyMaker, Mounted, Mounter, attribute, run, wait_until
 from tests.faulty import Faulty
@@ -19,6 +23,7 @@ from tests.faulty import Faulty
 TIMEOUT = 2
 EXPECTED = "is offline|is online again|stays stale|still being worked on|came too late|is passed over"
 PROMPT_SECONDS = 10.0
+SHUTDOWN = 0x8004587D  # EXT4_IOC_SHUTDOWN, XFS_IOC_GOINGDOWN
 
 
 @pytest.fixture
@@ -214,14 +219,35 @@ def test_stuck_requests_leave_room_for_others(mount: Mounter, bad: Faulty, tmp_p
     assert_sealed(images / "on-bad", md5(b"bad"))
 
 
+def test_mount_ends_though_requests_are_stuck(images: Mounted, bad: Faulty) -> None:
+    images.expect_warning("is in use; it ends all the same|the daemon ends without them|could not be closed")
+    fd = os.open(images / "on-bad", os.O_RDWR)
+    bad.fault("hang", "*")
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(outcome, lambda: os.getxattr(fd, "user.x"))
+        goes_offline(images)
+        images.daemon.terminate()
+        assert asking.result(WAIT_SECONDS) in (errno.EIO, errno.ENOTCONN, errno.ECONNABORTED)
+        wait_until(lambda: not mounts.is_imgfs(images.path), "the mount to go")
+        wait_until(lambda: is_done(images.daemon.pid), "the daemon to have done all it can")
+    with contextlib.suppress(OSError):
+        os.close(fd)
+    bad.heal()
+    assert images.daemon.wait(WAIT_SECONDS) == 0
+
+
+def is_done(pid: int) -> bool:
+    """Whether a process has ended but for threads that the kernel can't end."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
 @kernel_only
-def test_unmount_ends_though_a_datadir_hangs(images: Mounted, bad: Faulty) -> None:
+def test_unmount_does_not_wait_for_a_hung_datadir(images: Mounted, bad: Faulty) -> None:
     images.expect_warning("is in use; it ends all the same")
-    bad.fault("hang", "fsync", "getattr")
-    (images.datadirs[1] / "other").write_bytes(b"other")
+    bad.fault("hang", "*")
     goes_offline(images)
     began = time.monotonic()
-    done = run("timeout", "60", "python3", "-m", "imgfs", "umount", images.path)
+    done = run(sys.executable, "-m", "imgfs", "umount", images.path)
     assert "can't end before a datadir answers" in done.stderr
     assert time.monotonic() - began < WAIT_SECONDS
     bad.heal()
@@ -266,3 +292,47 @@ def read_from_disk(path: Path) -> None:
         os.preadv(fd, [mmap.mmap(-1, 4096)], 0)
     finally:
         os.close(fd)
+
+
+# --- real filesystems ---
+
+
+@kernel_only
+def test_frozen_filesystem_is_a_datadir_that_hangs(
+    filesystem: Callable[..., Path], mount: Mounter, tmp_path: Path
+) -> None:
+    ext4 = filesystem("ext4", 32)
+    images = mount([{"path": str(ext4), "priority": 200}, {"path": str(tmp_path / "good")}], timeout=TIMEOUT)
+    images.expect_warning(EXPECTED)
+    (images / "before").write_bytes(b"before")
+    assert_sealed(images / "before", md5(b"before"))
+    run("fsfreeze", "--freeze", ext4)
+    try:
+        assert outcome(lambda: (images / "stuck").write_bytes(b"1")) == errno.EIO
+        (images / "new").write_bytes(b"new")
+        assert_sealed(images / "new", md5(b"new"))
+        assert attribute(images / "new", "datadir") == str(tmp_path / "good")
+    finally:
+        run("fsfreeze", "--unfreeze", ext4)
+    comes_back(images)
+    assert_sealed(images / "before", md5(b"before"))
+    wait_until(lambda: not (ext4 / "stuck").exists(), "the late create to be undone")
+
+
+@kernel_only
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_filesystem_that_shut_down_is_passed_over(
+    filesystem: Callable[..., Path], mount: Mounter, tmp_path: Path, kind: str
+) -> None:
+    disk = filesystem(kind, 320 if kind == "xfs" else 32)
+    images = mount([{"path": str(disk), "priority": 200}, {"path": str(tmp_path / "good")}])
+    images.expect_warning(EXPECTED)
+    (images / "before").write_bytes(b"before")
+    assert_sealed(images / "before", md5(b"before"))
+    fd = os.open(disk, os.O_RDONLY)
+    fcntl.ioctl(fd, SHUTDOWN, (2).to_bytes(4, "little"))
+    os.close(fd)
+    (images / "new").write_bytes(b"new")
+    assert_sealed(images / "new", md5(b"new"))
+    assert attribute(images / "new", "datadir") == str(tmp_path / "good")
+    assert images.unmount() == 0
