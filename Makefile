@@ -1,10 +1,21 @@
 # Commands for people who work on imgfs; each sets up what it needs.
 PYTHON_BIN = .venv/bin
 
-.PHONY: test check format setup clean
+.PHONY: test check crash stress format setup clean
 
 test: setup
 	$(PYTHON_BIN)/python -m pytest $(ARGS)
+
+crash: export IMGFS_CRASH_POINTS ?= 400
+crash: export IMGFS_CRASH_LIVES ?= 4
+crash: export IMGFS_CRASH_SECONDS ?= 4
+crash: export IMGFS_CRASH_FILESYSTEMS ?= ext4 xfs
+crash: setup
+	$(PYTHON_BIN)/python -m pytest -s tests/crash $(ARGS)
+
+stress: export IMGFS_STRESS_SECONDS ?= $(or $(DURATION),600)
+stress: setup
+	$(PYTHON_BIN)/python -m pytest -s tests/stress $(ARGS)
 
 check: setup
 	$(PYTHON_BIN)/ruff check .

@@ -25,6 +25,7 @@ USER = "user."
 
 Interrupted = Callable[[], bool]
 MOST_WAITING = 128
+WIDEST_NUMBER = len(str(1 << 64))
 
 
 class ImageAttributes:
@@ -126,7 +127,7 @@ class RootAttributes:
             "version": lambda: VERSION,
             "transport": transport,
             "pid": lambda: str(os.getpid()),
-            "datadirs": lambda: json.dumps([self._describe(datadir) for datadir in store.datadirs]),
+            "datadirs": lambda: _steadily_long([self._describe(datadir) for datadir in store.datadirs]),
         }
 
     def get(self, name: str) -> bytes:
@@ -185,6 +186,16 @@ class RootAttributes:
             "reserved": self._store.reserved_bytes(datadir),
             "images": sum(1 for _ in datadir.entries()),
         }
+
+
+def _steadily_long(objects: list[dict[str, object]]) -> str:
+    """JSON that does not change its length with its numbers: blanks at the end make up for short ones.
+
+    Programs ask for the length of a value first (rsync fails where it is another by the time of its reading).
+    """
+    values = [value for described in objects for value in described.values()]
+    short = sum(WIDEST_NUMBER - len(json.dumps(value)) for value in values if isinstance(value, int))
+    return json.dumps(objects) + " " * short
 
 
 def _stored(image: Image, name: str) -> bytes:

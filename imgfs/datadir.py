@@ -16,6 +16,7 @@ import logging
 import os
 import secrets
 import stat
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ LOST_ERRNOS = frozenset(
 """What a datadir's root says when the filesystem below is gone; of a file it may concern that file only."""
 UNTOLD_BYTES = 1 << 50
 """What counts as free where a filesystem does not tell its size at all (ramfs, some network filesystems)."""
+MOST_UNSYNCED_NAMES = 10_000
 MOST_IDENTITIES = 10_000
 READ_ONLY_SECONDS = 30.0  # how long a datadir that answered EROFS is not tried again
 LOCK_WAIT_SECONDS = 10.0
@@ -119,6 +121,9 @@ class Datadir:
         self.path = config.path
         self.priority = config.priority
         self.tag = 1
+        self._gone: dict[str, int] = {}  # guarded by _gone_lock: names that left since a sync, and the how-manieth
+        self._gone_count = 0  # guarded by _gone_lock
+        self._gone_lock = threading.Lock()
         self.identities: dict[int, int] = {}  # of relocated images: inode number -> what they were known by before
         self._read_only_until = 0.0  # on the monotonic clock: no new images until then; 0: it is not read-only
         self.marked_as = known_as
@@ -338,10 +343,12 @@ class Datadir:
     def unlink(self, name: str) -> None:
         """Remove a name; what is kept for the inode goes with it."""
         os.unlink(name, dir_fd=self.fd)
+        self._note_gone(name)
 
     def rename(self, old: str, new: str) -> None:
         """Rename within the datadir, in one step (rename(2))."""
         os.rename(old, new, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        self._note_gone(old)
 
     def exchange(self, one: str, other: str) -> None:
         """Swap two names in one step (renameat2(2))."""
@@ -404,7 +411,23 @@ class Datadir:
 
     def sync(self) -> None:
         """Put the directory's entries on stable storage."""
+        settled = self._gone_count
         os.fsync(self.fd)
+        with self._gone_lock:
+            if self._gone:
+                self._gone = {name: count for name, count in self._gone.items() if count > settled}
+
+    def settle(self, name: str) -> None:
+        """Have it durable that a name is gone from here, if it ever was: it is about to appear in another datadir."""
+        if name in self._gone:
+            self.sync()
+
+    def _note_gone(self, name: str) -> None:
+        with self._gone_lock:
+            self._gone_count += 1
+            self._gone[name] = self._gone_count
+        if len(self._gone) > MOST_UNSYNCED_NAMES:
+            self.sync()
 
     # --- replacing an image by one in another datadir ---
 

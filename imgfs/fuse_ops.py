@@ -263,6 +263,11 @@ class ImageOperations:
         for name, ino in self._store.listing():
             yield name, {"st_ino": ino, "st_mode": stat.S_IFREG}, 0
 
+    def fsyncdir(self, _path: str | None, _datasync: int, _fh: int) -> int:
+        """fsync(2) of the directory, in all datadirs."""
+        self._store.sync()
+        return 0
+
     def statfs(self, _path: str) -> dict[str, int]:
         """statvfs(3): the sum of the filesystems below, each counted once."""
         below = dict(self._store.answers(lambda datadir: (datadir.device, datadir.filesystem())))
@@ -330,7 +335,7 @@ class ImageOperations:
     def create(self, path: str, mode: int, _fi: Any = None) -> int:
         """open(2) with O_CREAT of a new name; it belongs to the caller."""
         uid, gid, _ = self._caller()
-        return self._number(self._store.create(_name(path), stat.S_IMODE(mode), Owner(uid, gid)))
+        return self._number(self._store.create(_name(path), stat.S_IMODE(mode), Owner(uid, gid, by_default=True)))
 
     def open(self, path: str | None, flags: int, fh: int | None = None) -> int:
         """open(2) of an image that exists; of one whose name is gone through a handle of it."""

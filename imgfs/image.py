@@ -19,7 +19,7 @@ from dataclasses import replace
 
 from imgfs import record
 from imgfs.datadir import FULL_ERRNOS, Datadir
-from imgfs.errors import ImageFailed, Interrupted, NotPermitted
+from imgfs.errors import ImageFailed, Interrupted, NotPermitted, StorageFull
 from imgfs.hashing import DigestStream
 from imgfs.linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, fallocate
 from imgfs.record import Expectations, Record, State
@@ -71,6 +71,7 @@ class Image:
         self.writers = 0  # guarded by lock: handles that may write
         self.writing = 0  # guarded by lock: of those, the ones that have written
         self.pinned = False  # guarded by lock: the kernel may read the file itself, until all handles are gone
+        self.moving = False  # guarded by lock: it is being relocated, so the kernel may not begin to
         self.unflushed = 0  # guarded by lock: of those, the ones written to since their last flush
         self.unsealed = False  # guarded by lock: bytes have changed since there was a record
         self.sealing = False  # guarded by lock: a seal is queued or under way
@@ -111,7 +112,8 @@ class Image:
         if key == key_of(status):
             return datadir, status
         with self.lock:  # it is being moved
-            return self.datadir, self.status()
+            datadir = self.datadir
+        return datadir, self.status()
 
     # --- descriptors ---
 
@@ -173,14 +175,33 @@ class Image:
         Called under change_lock. The caller keeps the old file open, so that closing it here costs nothing.
         """
         seen_all = self.status().st_mtime_ns == self.mtime_ns
+        status = os.fstat(fd)
         with self.lock:
             for own in self._descriptors():
                 os.dup2(fd, own, inheritable=False)
-            self._place = datadir, key_of(self.status())
+            self._place = datadir, key_of(status)
         if seen_all:
-            self.mtime_ns = self.status().st_mtime_ns
+            self.mtime_ns = status.st_mtime_ns
         elif self._stream is not None:
             self._stream.break_off()  # somebody else changed the old file
+
+    @contextlib.contextmanager
+    def held_movable(self) -> Iterator[None]:
+        """Inside, nothing keeps the image in its file. Raises StorageFull where something does."""
+        why = None if self.status().st_nlink == 1 else "its file has other names"
+        with self.lock:
+            if self.name is None:
+                why = "it was removed"
+            elif self.pinned:
+                why = "programs read its file directly"
+            if why is not None:
+                raise StorageFull(f"{self.datadir.path} is full, and image {self.name!r} can't move: {why}")
+            self.moving = True
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.moving = False
 
     def close(self) -> None:
         """Give up all descriptors; called when the last reference goes."""
@@ -537,7 +558,12 @@ class Handle:
         """
         image = self.image
         with image.lock:
-            in_doubt = image.failed or image.writers or (image.sealing and image.expectations != NOTHING_EXPECTED)
+            in_doubt = (
+                image.failed
+                or image.writers
+                or image.moving
+                or (image.sealing and image.expectations != NOTHING_EXPECTED)
+            )
             image.pinned = image.pinned or not in_doubt
         return None if in_doubt else image.fd
 

@@ -44,10 +44,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Whom a new image belongs to; -1: whomever the datadir gives it to."""
+    """Whom a new image belongs to; -1: whomever the datadir gives it to.
+
+    `by_default`: the group gives way to that of a set-gid datadir, as for any new file (inode(7)).
+    """
 
     uid: int = -1
     gid: int = -1
+    by_default: bool = False
 
 
 NOBODY_IN_PARTICULAR = Owner()
@@ -99,9 +103,9 @@ class Namespace:
         self._promises: set[Promise] = set()  # guarded by _table_lock
         self._moves = 0  # how many images went to another datadir; who saw none of the two files looks again
         self.copies = Copies(datadirs, self._is_saving, self._names.held)
+        self.finish_replacements()
         for datadir in self.online():
             finish_arrivals(datadir, datadirs)
-            self.finish_replacements_in(datadir)
 
     # --- finding ---
 
@@ -416,6 +420,7 @@ class Namespace:
         """
         broken: OSError | None = None
         for datadir in datadirs:
+            self._settle_elsewhere(name, datadir)
             try:
                 return datadir, *datadir.obtain(
                     lambda made, datadir=datadir: _unmake_file(datadir, name, made[0]),  # type: ignore[misc]
@@ -548,6 +553,12 @@ class Namespace:
             self._noted(first.datadir, one)
             self._noted(first.datadir, other)
 
+    def sync(self) -> None:
+        """Put on stable storage which names there are."""
+        for datadir in self.online():
+            if datadir.writable:
+                datadir.sync()
+
     def _rename(self, image: Image, old: str, new: str, target: Image | None) -> None:
         here = target is not None and target.datadir is image.datadir
         if self._is_taken(new, but=[target.datadir] if target else []):
@@ -555,6 +566,7 @@ class Namespace:
         if target is not None:
             # What replaces an image must be on stable storage before that is gone.
             image.sync()
+        self._settle_elsewhere(new, image.datadir)
         if target is not None and not here:
             self._replace_elsewhere(image, old, new, target)
         else:
@@ -572,6 +584,12 @@ class Namespace:
             self.copies.suspect([name])
             raise NameDoubled(f"{name!r} lies in more than one datadir: {described(found)}; remove one there first")
         raise ImageExists(f"{name!r} is taken in a datadir by something that is no image; remove that first")
+
+    def _settle_elsewhere(self, name: str, datadir: Datadir) -> None:
+        """Before a name appears in a datadir: an image that had it elsewhere must not come back by a power cut."""
+        for other in self.online():
+            if other is not datadir:
+                other.settle(name)
 
     def _replace_elsewhere(self, image: Image, old: str, new: str, target: Image) -> None:
         """Two directories can't change in one step: a note on stable storage says which copy gives way."""
@@ -599,14 +617,20 @@ class Namespace:
             image.datadir.xattrs.forget(status.st_ino)
         self._removed(image)
 
-    def finish_replacements_in(self, datadir: Datadir) -> None:
-        """Complete the replacements that a crash cut short: the old copy goes if another has its name."""
-        for note in datadir.notes_of_replaced():
-            if any(d.path == note.by and d.offline is not None for d in self.datadirs):
-                continue  # whether the rename happened is not known
-            with self._names.held(note.name):
-                if datadir.has_note(note):  # not of a rename that was just under way
-                    self._finish_replacement(datadir, note)
+    def finish_replacements(self) -> None:
+        """Complete the replacements that a crash cut short: the old copy goes if another has its name.
+
+        What an earlier daemon did is made durable first: its end may have left it in the caches of the system.
+        """
+        for datadir in self.online():
+            _sync_if_possible(datadir)
+        for datadir in self.online():
+            for note in datadir.notes_of_replaced():
+                if any(d.path == note.by and d.offline is not None for d in self.datadirs):
+                    continue  # whether the rename happened is not known
+                with self._names.held(note.name):
+                    if datadir.has_note(note):  # not of a rename that was just under way
+                        self._finish_replacement(datadir, note)
 
     def _finish_replacement(self, datadir: Datadir, note: Replaced) -> None:
         with contextlib.suppress(ImageNotFound):
@@ -614,6 +638,7 @@ class Namespace:
             if renamed and datadir.status(note.name).st_ino == note.ino:
                 log.warning("the replacement of image %r was cut short; it is completed", note.name)
                 datadir.unlink(note.name)
+                datadir.sync()
         datadir.forget_replaced(note)
 
 
@@ -626,6 +651,14 @@ def _entries(datadir: Datadir) -> Iterator[Entry]:
             raise
 
 
+def _sync_if_possible(datadir: Datadir) -> None:
+    if datadir.writable:
+        try:
+            datadir.sync()
+        except OSError as error:
+            log.warning("datadir %s can't be synced: %s", datadir.path, error.strerror)
+
+
 def _create_file(datadir: Datadir, name: str, mode: int, owner: Owner) -> tuple[int, os.stat_result]:
     """A new file with exactly this mode, and this owner where the process may give files away."""
     given_away = owner.uid not in (-1, os.geteuid()) or owner.gid not in (-1, os.getegid())
@@ -634,7 +667,8 @@ def _create_file(datadir: Datadir, name: str, mode: int, owner: Owner) -> tuple[
     try:
         status = os.fstat(fd)
         datadir.xattrs.forget(status.st_ino)  # of an earlier inode of this number
-        give(fd, status, mode, owner)
+        group_given = owner.by_default and status.st_gid != os.getegid()
+        give(fd, status, mode, Owner(owner.uid) if group_given else owner)
     except BaseException:
         _unmake_file(datadir, name, fd)
         raise

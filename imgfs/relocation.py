@@ -91,8 +91,7 @@ class Relocator:
 
     def _move(self, image: Image, size: int, end: int, passed_over: set[Datadir], declared: int) -> None:
         """Move an image to the best datadir with room for `size` bytes, in a file that may be `end` bytes long."""
-        self._require_movable(image)
-        with self._under_way_with(image):
+        with image.held_movable(), self._under_way_with(image):
             while True:
                 with self._namespace.promised(size, passed_over) as promise:
                     if self._moved(image, promise, end):
@@ -100,22 +99,10 @@ class Relocator:
                         return
                 passed_over.add(promise.datadir)
 
-    def _require_movable(self, image: Image) -> None:
-        """A file that the kernel reads itself, or that has other names or none, has to stay where it is."""
-        why = None
-        if image.name is None:
-            why = "it was removed"
-        elif image.pinned:
-            why = "programs read its file directly"
-        elif image.status().st_nlink != 1:
-            why = "its file has other names"
-        if why is not None:
-            raise StorageFull(f"{image.datadir.path} is full, and image {image.name!r} can't move: {why}")
-
     def _moved(self, image: Image, promise: Promise, end: int) -> bool:
         """Whether the image could be moved to this datadir. Raises StorageFull once nobody wants that any more."""
         started, path = time.monotonic(), promise.datadir.path
-        log.info("image %r moves from %s, which has no room for it, to %s", image.name, image.datadir.path, path)
+        log.info("image %r moves from %s to %s, where there is room for it", image.name, image.datadir.path, path)
         try:
             self._copy(image, promise, end)
         except Interrupted as reason:

@@ -265,10 +265,8 @@ class Sealer:
         """Make the bytes durable, then vouch for them; False where they are no longer those hashed."""
         if image.name is None:
             raise Interrupted("the image was removed")
-        image.sync()
-        if image.is_new:
-            image.datadir.sync()
-            image.is_new = False
+        if digests.size:  # an empty image has no bytes that must be there before its record
+            image.sync()
         self._set_permissions(image)
         with image.change_lock:
             if image.changes != changes or (image.unsealed and image.writing):
@@ -293,8 +291,12 @@ class Sealer:
         state = State.FAILED if unmet else State.ACTIVE
         self._store(image, Record(state, mtime_ns, digests, expectations))
         image.expectations = Expectations()
+        # Whoever reads a digest, or that the image failed, can rely on it after a crash, too.
+        image.sync()
+        if image.is_new:
+            image.datadir.sync()
+            image.is_new = False
         if unmet:
-            image.sync()  # after a crash, too, nobody may take it for good
             log.error("image %r in %s failed: its %s", image.name, image.datadir.path, unmet)
         with image.lock:
             image.unsealed = False

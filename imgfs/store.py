@@ -177,8 +177,7 @@ class ImageStore:
     def _returned(self, datadir: Datadir) -> None:
         """Serve a datadir that was absent and is open now."""
         datadir.come_back()
-        for online in self.online_datadirs():
-            self._namespace.finish_replacements_in(online)
+        self._namespace.finish_replacements()
         self._namespace.copies.look()
         if self._health:
             self._health.watch(datadir)
@@ -268,6 +267,10 @@ class ImageStore:
         if self.config.write_once:
             raise NotPermitted("images of a write-once store are not exchanged")
         self._namespace.exchange(one, other)
+
+    def sync(self) -> None:
+        """fsync(2) of the directory: what was created, renamed and removed before stays so after a power cut."""
+        self._namespace.sync()
 
     # --- handles ---
 

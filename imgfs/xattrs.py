@@ -102,7 +102,7 @@ class SidecarXattrs:
             return {}  # cut short or foreign: as good as none
 
     def _write(self, fd: int, held: dict[str, bytes]) -> None:
-        """Replace the sidecar in one step, so that a crash leaves the old or the new."""
+        """Replace the sidecar in one step, so that a crash leaves the old or the new; then the new is durable."""
         name = _sidecar(_ino(fd))
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         new = os.open(name + ".new", flags, 0o600, dir_fd=self._directory_fd)
@@ -111,6 +111,7 @@ class SidecarXattrs:
             file.flush()
             os.fsync(new)
         os.rename(name + ".new", name, src_dir_fd=self._directory_fd, dst_dir_fd=self._directory_fd)
+        os.fsync(self._directory_fd)
 
 
 def read_regular(name: str, directory_fd: int | None) -> bytes | None:

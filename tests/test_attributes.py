@@ -207,6 +207,15 @@ def test_root_shows_the_store(images: Mounted) -> None:
     assert {"user.imgfs.version", "user.imgfs.transport", "user.imgfs.datadirs"} <= names_of(images.path)
 
 
+def test_root_attribute_keeps_its_length_for_programs_that_ask_for_that_first(images: Mounted) -> None:
+    before = attribute(images.path, "datadirs")
+    for number in range(10):
+        (images / f"image{number}").write_bytes(b"x" * 100_000)
+    after = attribute(images.path, "datadirs")
+    assert before != after
+    assert len(before) == len(after)
+
+
 def test_root_takes_attributes_as_images_do(images: Mounted) -> None:
     os.setxattr(images.path, "user.note", b"x")
     assert os.getxattr(images.path, "user.note") == b"x"

@@ -58,6 +58,14 @@ def places(filesystem: Filesystem) -> list[str]:
     return [f"{filesystem('tmpfs', 8)}:200", f"{filesystem('tmpfs', 64)}:100"]
 
 
+def take_all_room(datadir: Path) -> None:
+    """Leave not even a block of a filesystem."""
+    fill(datadir, 64 * KIB)
+    with contextlib.suppress(OSError), open(datadir / ".filled/rest", "wb", buffering=0) as rest:
+        while True:
+            rest.write(bytes(KIB))
+
+
 # --- real programs ---
 
 
@@ -454,10 +462,11 @@ def test_relocated_image_is_sealed_without_a_second_reading(
     assert added.location.endswith("/fs1/x")
 
 
+@pytest.mark.parametrize("options", [(), ("--no-passthrough",)])
 def test_program_that_has_the_image_open_by_passthrough_keeps_it_in_its_datadir(
-    places: list[str], mount: Mounter
+    places: list[str], mount: Mounter, options: tuple[str, ...]
 ) -> None:
-    images = mount(places)
+    images = mount(places, options)
     content = new_image(images / "x", 4 * MIB)
     assert_sealed(images / "x", md5(content))
     pinned = "passthrough on" in attribute(images.path, "transport")
@@ -476,10 +485,7 @@ def test_complete_image_whose_record_finds_no_room_is_relocated(filesystem: File
     with open(images / "x", "wb", buffering=0) as file:
         file.write(content)
         os.fsync(file.fileno())
-        fill(images.datadirs[0], 64 * KIB)
-        with contextlib.suppress(OSError), open(images.datadirs[0] / ".filled/rest", "wb", buffering=0) as rest:
-            while True:
-                rest.write(bytes(KIB))
+        take_all_room(images.datadirs[0])
     assert_sealed(images / "x", md5(content))
     assert datadir_of(images / "x") == "fs1"
 
@@ -560,6 +566,26 @@ def test_image_removed_during_its_relocation_is_gone(places: list[str], open_sto
     assert [type(failure) for failure in failures] == [StorageFull]
     assert [images_in(Path(datadir.path)) for datadir in store.datadirs] == [[], []]
     assert store.reserved_bytes(store.datadirs[1]) == 0
+
+
+def test_kernel_does_not_begin_to_read_a_file_that_is_being_left(
+    filesystem: Filesystem, open_store: OpenStore, held: Held
+) -> None:
+    places = [filesystem("ext4", 8), filesystem("ext4", 16)]
+    store = open_store([f"{places[0]}:200", f"{places[1]}:100"])
+    handle = store.create("x")
+    store.write(handle, bytes(MIB), 0)
+    handle.sync()
+    take_all_room(places[0])
+    store.close_handle(handle)
+    assert held.begun.wait(60)  # for want of room for the record
+    reader = store.open("x")
+    assert reader.resting_fd() is None
+    held.go_on.set()
+    assert store.digests("x").size == MIB
+    assert store.location("x").endswith("/fs1/x")
+    assert reader.resting_fd() is not None
+    store.close_handle(reader)
 
 
 def test_image_opened_during_its_relocation_goes_along(places: list[str], open_store: OpenStore, held: Held) -> None:

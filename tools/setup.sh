@@ -22,6 +22,7 @@ test|mkfs.ext4|e2fsprogs|e2fsprogs|e2fsprogs
 test|mkfs.xfs|xfsprogs|xfsprogs|xfsprogs
 test|setpriv|util-linux|util-linux|util-linux
 test|mount|mount|util-linux|util-linux
+test|fio|fio|fio|fio
 test|gcc|gcc|gcc|gcc
 test|/usr/include/linux/fuse.h|linux-libc-dev|kernel-headers|linux-api-headers
 LIST

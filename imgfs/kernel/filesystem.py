@@ -61,8 +61,10 @@ class Filesystem:
         *,
         timeouts: Timeouts,
         negative_s: float = 0,
+        passthrough: Callable[[], bool] = lambda: True,
     ) -> None:
         self._call = operations
+        self._passthrough = passthrough
         self._nodes = nodes
         self._handles = handles
         self._timeouts = timeouts
@@ -350,7 +352,8 @@ class Filesystem:
             self._listings.pop(request.fh, None)
         return b""
 
-    def fsyncdir(self, _header: Header, _request: requests.FsyncIn) -> Payload:
+    def fsyncdir(self, _header: Header, request: requests.FsyncIn) -> Payload:
+        self._call("fsyncdir", ROOT_PATH, request.fsync_flags & abi.FUSE_FSYNC_FDATASYNC, request.fh)
         return b""
 
     # Beneath
@@ -410,10 +413,11 @@ class Filesystem:
         reads = flags & os.O_ACCMODE == os.O_RDONLY
         if reads:
             self._handles.wait_for_closed(node.nodeid, _RELEASE_WAIT_S)
+        passed = reads and self._passthrough()
         path, fh = self._open_steadily(node, flags)
         if open_flags & abi.FUSE_OPEN_KILL_SUIDGID:
             self._guarded(path, fh, lambda: self._drop_privileges(path, fh))
-        backing_fd = self._guarded(path, fh, lambda: self._call("passthrough_fd", fh)) if reads else None
+        backing_fd = self._guarded(path, fh, lambda: self._call("passthrough_fd", fh)) if passed else None
         return replies.open_out(fh, *self._handles.add(fh, node.nodeid, flags, backing_fd))
 
     def _open_steadily(self, node: Node, flags: int) -> tuple[str | None, int]:

@@ -90,7 +90,12 @@ class KernelSession:
         self._handles = Handles(self._register, self._unregister)
         timeouts = Timeouts.of_seconds(entry_timeout, attr_timeout)
         self._filesystem = Filesystem(
-            operations, self._nodes, self._handles, timeouts=timeouts, negative_s=negative_timeout
+            operations,
+            self._nodes,
+            self._handles,
+            timeouts=timeouts,
+            negative_s=negative_timeout,
+            passthrough=lambda: self.passthrough,
         )
         self._routes = self._make_routes()
         self._connection: int | None = None

@@ -110,6 +110,13 @@ class Loopback:
     def fsync(self, path: str | None, datasync: int, fh: int) -> None:
         os.fsync(self.open_files[fh].fd)
 
+    def fsyncdir(self, path: str, datasync: int, fh: int) -> None:
+        directory = os.open(self.directory, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
     def release(self, path: str | None, fh: int) -> None:
         with self._lock:
             os.close(self.open_files.pop(fh).fd)
