@@ -114,6 +114,11 @@ class Journal:
         self._lines, self._listed = lines, len(listed)
         return listed
 
+    def tidy(self) -> None:
+        """Remove what a crash left of its writing anew."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._name + ".new", dir_fd=self._own_fd)
+
     def mtime_ns(self) -> int:
         """When it was last written to; 0 where there is none."""
         try:
@@ -362,6 +367,7 @@ class Catalogue:
         return there
 
     def _correct(self, subject: Datadir, journal: Journal, there: Mapping[str, tuple[int, int]]) -> None:
+        journal.tidy()
         listed = journal.read()
         lines: list[bytes] = []
         asked = 0

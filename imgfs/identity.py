@@ -152,8 +152,7 @@ def _stored_in(directory_fd: int) -> bytes | None:
 def write(marker: Marker, own_fd: int) -> None:
     """Put a marker into a `.imgfs` in one step, on stable storage: a crash leaves the old one or the new."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(_NEW, dir_fd=own_fd)  # of a crash
+    tidy(own_fd)
     try:
         with open(os.open(_NEW, flags, 0o600, dir_fd=own_fd), "wb") as file:
             file.write(marker.encode())
@@ -165,6 +164,12 @@ def write(marker: Marker, own_fd: int) -> None:
             os.unlink(_NEW, dir_fd=own_fd)
         raise
     os.fsync(own_fd)
+
+
+def tidy(own_fd: int) -> None:
+    """Remove what a crash left of the writing of a marker."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(_NEW, dir_fd=own_fd)
 
 
 # --- judging ---

@@ -106,6 +106,8 @@ def _keep_markers(datadirs: Sequence[Datadir], judgement: Judgement) -> None:
                 log.info("datadir %s is part of the store now", datadir.path)
     generation += members != judgement.members
     for datadir in marked:
+        with contextlib.suppress(OSError):
+            identity.tidy(datadir.own_fd)
         if datadir.marked_as is not None:
             marker = Marker(store, datadir.marked_as, members, generation)
             if identity.marker_in(datadir.fd) != marker:
