@@ -1,7 +1,7 @@
 # Commands for people who work on imgfs; each sets up what it needs.
 PYTHON_BIN = .venv/bin
 
-.PHONY: test check crash stress format setup clean
+.PHONY: test check crash stress bench format setup clean
 
 test: setup
 	$(PYTHON_BIN)/python -m pytest $(ARGS)
@@ -26,6 +26,10 @@ check: setup
 format: setup
 	$(PYTHON_BIN)/ruff check --fix .
 	$(PYTHON_BIN)/ruff format .
+
+bench: # imgfs beside its peers, below 10 minutes; with ARGS (--help) only into build/benchmarks
+	tools/setup.sh bench
+	$(PYTHON_BIN)/python -m benchmarks $(or $(ARGS),--output docs/benchmarks --readme README.md)
 
 setup:
 	tools/setup.sh test

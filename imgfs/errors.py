@@ -34,6 +34,12 @@ class ImageExists(ImgfsError):
     default_errno = errno.EEXIST
 
 
+class NameDoubled(ImgfsError):
+    """The name lies in more than one datadir: which copy is meant must be settled first."""
+
+    default_errno = errno.EBUSY
+
+
 class StorageFull(ImgfsError):
     """No datadir can take the image (ENOSPC, EDQUOT and EFBIG of a datadir count alike)."""
 

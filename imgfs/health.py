@@ -45,16 +45,24 @@ class Health:
         self._changed = changed
         self._stuck = stuck
         self._closing = threading.Event()
-        watched = [datadir for datadir in datadirs if datadir.offline is None]
-        jobs: list[tuple[Callable[..., None], tuple[object, ...]]] = [(self._probe, (d,)) for d in watched]
-        timed = [datadir for datadir in watched if isinstance(datadir, TimedDatadir)]
-        if timed:
-            jobs.append((self._watch, (timed,)))
-        self._threads = [
-            threading.Thread(target=job, args=arguments, name="imgfs-health", daemon=True) for job, arguments in jobs
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[threading.Thread] = []
+        self._timed: list[TimedDatadir] = []
+        for datadir in datadirs:
+            if datadir.offline is None:
+                self.watch(datadir)
+        if self._timed:
+            self._start(self._watch, self._timed)
+
+    def watch(self, datadir: Datadir) -> None:
+        """Watch a datadir, too, that has come online."""
+        if isinstance(datadir, TimedDatadir):
+            self._timed.append(datadir)
+        self._start(self._probe, datadir)
+
+    def _start(self, job: Callable[..., None], argument: object) -> None:
+        thread = threading.Thread(target=job, args=(argument,), name="imgfs-health", daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     def close(self) -> None:
         """End the threads; one that is stuck is not waited for."""

@@ -14,11 +14,13 @@ from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
 from imgfs import location as locations
+from imgfs import membership, names
 from imgfs import metadata as labels
-from imgfs import names
 from imgfs.calls import Call
+from imgfs.catalogue import Catalogue
 from imgfs.config import Config, Reseal
-from imgfs.datadir import FULL_ERRNOS, Datadir, give_tags
+from imgfs.copies import Copies
+from imgfs.datadir import FULL_ERRNOS, Datadir
 from imgfs.errors import (
     BadLocation,
     ImageExists,
@@ -36,12 +38,13 @@ from imgfs.errors import (
 from imgfs.hashing import Digests, DigestStream, HashPool, Stop, Verifier, never
 from imgfs.health import Health
 from imgfs.image import Handle, Image
+from imgfs.membership import Returning
 from imgfs.namespace import NOBODY_IN_PARTICULAR, Namespace, Owner
 from imgfs.record import State
 from imgfs.relocation import Relocator
 from imgfs.resealing import Resealer
 from imgfs.sealing import Sealer, SealingRules
-from imgfs.timed import TimedDatadir, TimedImage
+from imgfs.timed import TimedImage
 from imgfs.watching import Watcher, watch
 
 log = logging.getLogger(__name__)
@@ -77,7 +80,7 @@ class ImageStore:
     def __init__(self, config: Config) -> None:
         """Open every datadir. Raises DatadirError where one can't be used."""
         self.config = config
-        self.datadirs = _open_datadirs(config)
+        self.datadirs = membership.open_datadirs(config)
         self._labels = {datadir.path: self._label(datadir) for datadir in self.datadirs}
         self._pool = HashPool()
         rules = SealingRules(config.hashing_algo, config.file_perm)
@@ -87,6 +90,9 @@ class ImageStore:
         self._watcher: Watcher | None = None
         self._resealer: Resealer | None = None
         self._health: Health | None = None
+        self._copies: Copies | None = None
+        self._returning: Returning | None = None
+        self._catalogue = Catalogue(self.datadirs)
         try:
             self._namespace = Namespace(
                 self.datadirs,
@@ -95,14 +101,18 @@ class ImageStore:
                 thin=config.thin_provisioning,
                 write_once=config.write_once,
                 image_class=TimedImage if config.timeout_seconds else Image,
+                noted=self._catalogue.note,
             )
         except BaseException:
             self._let_go()
             raise
         self._relocator = Relocator(self._namespace)
+        self._copies = self._namespace.copies
+        self._copies.watch(lambda name: self._changed(name, True))
         if config.reseal is Reseal.BACKGROUND:
             self._resealer = Resealer(self._namespace, self._reseal_here)
         self._health = Health(self.datadirs, config.timeout_seconds, self._health_changed, self._calls_stuck)
+        self._returning = Returning(self.datadirs, self._returned)
 
     def __enter__(self) -> Self:
         return self
@@ -118,6 +128,8 @@ class ImageStore:
         self._let_go()
 
     def _let_go(self) -> None:
+        if self._returning:
+            self._returning.close()
         if self._watcher:
             self._watcher.close()
         self._sealer.close()
@@ -126,6 +138,9 @@ class ImageStore:
         if self._resealer:
             self._resealer.close(lambda: any(datadir.offline is not None for datadir in self.datadirs))
         self._pool.close()
+        if self._copies:
+            self._copies.close()
+        self._catalogue.close()
         for datadir in self.datadirs:
             if datadir.offline is None:  # what is stuck in one may still use its descriptors
                 datadir.close()
@@ -143,6 +158,7 @@ class ImageStore:
     def _health_changed(self, datadir: Datadir) -> None:
         if datadir.offline is None:
             self._sealer.resume(datadir)
+            self._namespace.copies.look()
         self._changed("", False)
 
     def on_change(self, changed: ImageChanged) -> bool:
@@ -158,8 +174,18 @@ class ImageStore:
         """Have it asked whether the writer that waits for a relocation, in whose thread that is, still wants it."""
         self._relocator.abandoned = abandoned
 
+    def _returned(self, datadir: Datadir) -> None:
+        """Serve a datadir that was absent and is open now."""
+        datadir.come_back()
+        self._namespace.finish_replacements()
+        self._namespace.copies.look()
+        if self._health:
+            self._health.watch(datadir)
+        self._changed(None, True)
+
     def _sealed(self, image: Image) -> None:
         if image.name is not None:
+            self._catalogue.note(image.datadir, image.name)
             self._changed(image.name, False)
         self._namespace.let_go(image)
 
@@ -173,6 +199,8 @@ class ImageStore:
             return
         busy = {image.name for image in self._namespace.live_images() if image.unsealed or image.sealing}
         names_told = told.keys() - busy
+        if names_told and len(self.datadirs) > 1:
+            self._namespace.copies.suspect(names_told)
         for name in names_told:
             self._changed(name, told[name])
         if names_told:
@@ -556,21 +584,6 @@ def location_of(image: Image) -> str:
     if image.name is None:
         raise NoAttribute("a removed image has no location")
     return locations.to_uri(f"{image.datadir.path}/{image.name}")
-
-
-def _open_datadirs(config: Config) -> list[Datadir]:
-    """All datadirs, highest priority first, or none of them."""
-    datadirs: list[Datadir] = []
-    try:
-        for datadir_config in sorted(config.datadirs, key=lambda d: -d.priority):
-            kind = TimedDatadir if config.timeout_seconds else Datadir
-            datadirs.append(kind(datadir_config, config.file_perm))
-    except BaseException:
-        for datadir in datadirs:
-            datadir.close()
-        raise
-    give_tags(datadirs)
-    return datadirs
 
 
 def _chunks(data: Readable | Iterable[bytes], size: int) -> Iterator[bytes]:

@@ -15,7 +15,6 @@ from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from imgfs.calls import Calls
-from imgfs.config import DatadirConfig
 from imgfs.datadir import Datadir, Entry
 from imgfs.errors import AnsweredTooLate, DatadirOffline
 from imgfs.image import Image
@@ -46,9 +45,12 @@ class TimedDatadir(Datadir):
 
     is_watched = True
 
-    def __init__(self, config: DatadirConfig, file_perm: int = 0) -> None:
+    def __init__(self, *args: Any, **options: Any) -> None:
         self.calls = Calls()
-        super().__init__(config, file_perm)
+        super().__init__(*args, **options)
+
+    def open(self) -> None:
+        super().open()
         self.xattrs = TimedXattrs(self, self.xattrs)
 
     def ask(self, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:

@@ -92,6 +92,10 @@ class Watcher:
 def watch(datadirs: Iterable[Datadir], changed: Changed) -> Watcher | None:
     """A watcher, or None, with the reason in the log, where not all direct changes would be seen."""
     datadirs = list(datadirs)
+    absent = [datadir for datadir in datadirs if not datadir.is_open]
+    if absent:
+        log.info("datadir %s is offline: changes there will not be told once it is back", absent[0].path)
+        return None
     remote = [datadir for datadir in datadirs if datadir.filesystem_type() not in LOCAL]
     if remote:
         log.info("datadir %s is on %s: changes there are not told", remote[0].path, remote[0].filesystem_type())

@@ -1,7 +1,8 @@
 #!/bin/sh
 # Set up what is missing, and only that: system packages (where root may), .venv, the package in it.
 #   tools/setup.sh run     what mounting needs
-#   tools/setup.sh test    what the tests and linters need besides
+#   tools/setup.sh bench   what the benchmarks need besides: the peers, and the tools that measure
+#   tools/setup.sh test    what the tests and linters need besides (the benchmarks are tested, too)
 set -eu
 cd "$(dirname "$0")/.."
 purpose=${1:-run}
@@ -10,14 +11,17 @@ say() { echo "setup: $*" >&2; }
 die() { say "$*"; exit 1; }
 has() { command -v "$1" >/dev/null 2>&1; }
 
-# Each line: what is wanted, how to see that it is there, its package in Debian, Fedora, Arch.
+# Each line: what is wanted, how to see that it is there, its package in Debian, Fedora, Arch (-: has none; the
+# benchmarks leave out a peer that is not installed).
 needs() {
     cat <<'LIST'
 run|libfuse.so.2|libfuse2|fuse-libs|fuse2
 run|fusermount3|fuse3|fuse3|fuse3
 run|getfattr|attr|attr|attr
+bench|mergerfs|mergerfs|-|-
+bench|fio|fio|fio|fio
+bench|qemu-img|qemu-utils|qemu-img|qemu-img
 test|rsync|rsync|rsync|rsync
-test|qemu-img|qemu-utils|qemu-img|qemu-img
 test|mkfs.ext4|e2fsprogs|e2fsprogs|e2fsprogs
 test|mkfs.xfs|xfsprogs|xfsprogs|xfsprogs
 test|setpriv|util-linux|util-linux|util-linux
@@ -36,11 +40,19 @@ present() {
     esac
 }
 
+wanted() { # each purpose needs what the ones before it need
+    case $purpose in
+        run) [ "$1" = run ] ;;
+        bench) [ "$1" != test ] ;;
+        test) true ;;
+    esac
+}
+
 missing() { # the packages, by the column of this system's package manager
     needs | while IFS='|' read -r for what debian fedora arch; do
-        [ "$for" = run ] || [ "$purpose" = test ] || continue
-        present "$what" && continue
-        case $1 in apt-get) echo "$debian" ;; dnf) echo "$fedora" ;; *) echo "$arch" ;; esac
+        wanted "$for" && ! present "$what" || continue
+        case $1 in apt-get) package=$debian ;; dnf) package=$fedora ;; *) package=$arch ;; esac
+        [ "$package" = - ] || echo "$package"
     done
 }
 
@@ -88,7 +100,11 @@ make_venv() {
 }
 
 install_package() { # once, and again when pyproject.toml has changed
-    case $purpose in test) what='.[inotify,test,check]' ;; *) what='.[inotify]' ;; esac
+    case $purpose in
+        run) what='.[inotify]' ;;
+        bench) what='.[inotify,bench]' ;;
+        test) what='.[inotify,test,check]' ;;
+    esac
     done_mark=.venv/installed-$purpose
     if [ ! -e "$done_mark" ] || [ pyproject.toml -nt "$done_mark" ]; then
         say "installing imgfs and its requirements into .venv"
@@ -97,7 +113,7 @@ install_package() { # once, and again when pyproject.toml has changed
     fi
 }
 
-case $purpose in run | test) ;; *) die "usage: $0 [run|test]" ;; esac
+case $purpose in run | bench | test) ;; *) die "usage: $0 [run|bench|test]" ;; esac
 install_packages
 make_venv "$(find_python)"
 install_package
