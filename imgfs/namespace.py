@@ -636,10 +636,11 @@ class Namespace:
                         self._finish_replacement(datadir, note)
 
     def _finish_replacement(self, datadir: Datadir, note: Replaced) -> None:
+        by = next((d for d in self.datadirs if d.path == note.by and note.name and d.has_any(note.name)), None)
         with contextlib.suppress(ImageNotFound):
-            renamed = note.name and any(d.has_any(note.name) for d in self.datadirs if d.path == note.by)
-            if renamed and datadir.status(note.name).st_ino == note.ino:
+            if by is not None and datadir.status(note.name).st_ino == note.ino:
                 log.warning("the replacement of image %r was cut short; it is completed", note.name)
+                by.sync()  # a rename that a hung disk cut short may be in its caches only
                 datadir.unlink(note.name)
                 datadir.sync()
         datadir.forget_replaced(note)
