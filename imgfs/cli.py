@@ -8,10 +8,11 @@ import logging
 import logging.handlers
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from imgfs import daemon, datadir, mount_options, mounts
+from imgfs import copies, daemon, inspection, membership, mount_options, mounts, privileges
+from imgfs.catalogue import Listed
 from imgfs.config import Config, ConfigError, load
 from imgfs.errors import ImgfsError, InvalidValue, MountError
 from imgfs.version import VERSION
@@ -65,7 +66,9 @@ def _log_to(handler: logging.Handler, form: str, verbosity: int) -> None:
 
 
 def _mount(parsed: argparse.Namespace) -> int:
-    config = load(parsed.config, datadir.unusable)
+    privileges.close_inherited_descriptors()
+    os.umask(os.umask(0o022) | 0o022)  # before a log file is made
+    config = load(parsed.config, membership.unusable)
     options = mount_options.parse(parsed.options)
     other = options.pop("allow_other", None) or parsed.allow_other
     request = daemon.MountRequest(
@@ -128,11 +131,55 @@ def _umount(parsed: argparse.Namespace) -> int:
 
 
 def _check(parsed: argparse.Namespace) -> int:
-    config = load(parsed.config, datadir.unusable)
-    print(f"{parsed.config}: good")
-    for line in _summary(config):
-        print(f"  {line}")
-    return GOOD
+    if parsed.datadirs and not parsed.adopt:
+        parsed.wrong("DATADIR goes with --adopt only")
+    config = load(parsed.config, membership.unusable)
+    if parsed.adopt:
+        _adopt(config, membership.paths_of(config, parsed.datadirs))
+    found = inspection.inspect(config)
+    _say(f"{parsed.config}: {'good' if found.good else 'the configuration is good, the store is not complete'}")
+    for line in (*_summary(config), *_findings(found)):
+        _say(f"  {line}")
+    return GOOD if found.good else FAILED
+
+
+def _adopt(config: Config, paths: Sequence[str]) -> None:
+    """Take in new or replaced datadirs, and say what that means for the images of those that were there."""
+    adopted = membership.adopt(config, paths)
+    if not adopted:
+        _say("there is nothing to adopt: every datadir is there")
+    for one in adopted:
+        lost = len(inspection.images_of(one.replaced, config)) if one.replaced else 0
+        _say(f"datadir {one.path} is a new one of this store now; {_count(lost)} of the one that was there "
+             f"{'is' if lost == 1 else 'are'} listed as lost")  # fmt: skip
+
+
+def _findings(found: inspection.Inspection) -> Iterator[str]:
+    for verdict, listing in found.absent:
+        yield membership.told(verdict)
+        yield from _listed(f"{_count(len(listing))} known there", listing)
+    for identity, listing in found.lost.items():
+        yield from _listed(f"lost with datadir {identity}, which is no part of the store any more: "
+                           f"{_count(len(listing))}", listing)  # fmt: skip
+    for name, found_copies in found.doubled.items():
+        yield f"image {name} lies in more than one datadir: {copies.described(found_copies)}; remove one there"
+
+
+def _listed(head: str, listing: Mapping[str, Listed]) -> Iterator[str]:
+    yield f"{head}:" if listing else head
+    for name, facts in sorted(listing.items()):
+        digests = f", md5 {facts.checksum}, {facts.os_hash_algo} {facts.os_hash_value}" if facts.checksum else ""
+        yield f"  {name}: {facts.size} bytes, {facts.state}{digests}"
+
+
+def _count(images: int) -> str:
+    return "1 image" if images == 1 else f"{images} images"
+
+
+def _say(line: str) -> None:
+    """Print one line, whatever characters are in a name."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in line)
+    print(shown.encode(sys.stdout.encoding or "utf-8", "backslashreplace").decode(sys.stdout.encoding or "utf-8"))
 
 
 def _summary(config: Config) -> list[str]:
@@ -160,10 +207,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_mount(commands.add_parser("mount", help="mount a store", description="Mount a store at a directory."))
     _add_umount(commands.add_parser("umount", help="unmount a store", description="Unmount a store, and wait "
                                     "until its daemon has finished."))  # fmt: skip
-    check = commands.add_parser("check", help="check a configuration", description="Say everything that is wrong "
-                                "with a configuration, at once; nothing is changed.")  # fmt: skip
+    check = commands.add_parser("check", help="check a configuration and its datadirs", description="Say everything "
+                                "that is wrong with a configuration, at once; which datadirs are missing, and what "
+                                "lies there; which names lie in more than one. Nothing is changed, but by --adopt."
+                                )  # fmt: skip
+    check.add_argument("--adopt", action="store_true", help="make new datadirs of those that are missing or foreign: "
+                       "their disks were replaced")  # fmt: skip
     check.add_argument("config", metavar="CONFIG", help="the configuration file (YAML)")
-    check.set_defaults(run=_check)
+    check.add_argument("datadirs", metavar="DATADIR", nargs="*", help="adopt only these")
+    check.set_defaults(run=_check, wrong=check.error)
     return parser
 
 

@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import reprlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
@@ -45,6 +45,13 @@ class Reseal(StrEnum):
     BACKGROUND = "background"
 
 
+class MissingDatadirs(StrEnum):
+    """What a mount does where the disk of a datadir is not there."""
+
+    REFUSE = "refuse"
+    DEGRADE = "degrade"
+
+
 @dataclass(frozen=True, slots=True)
 class DatadirConfig:
     """One backing directory: an absolute path, its priority (higher is preferred), mode, bytes to keep free."""
@@ -69,6 +76,7 @@ class Config:
     write_once: bool = False
     reseal: Reseal = Reseal.ON_DEMAND
     timeout_seconds: float = 0
+    missing_datadirs: MissingDatadirs = MissingDatadirs.DEGRADE
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +109,7 @@ _Validator = jsonschema.validators.extend(  # type: ignore[no-untyped-call]
     ),
 )
 
-Probe = Callable[[DatadirConfig], str | None]
+Probe = Callable[[Sequence[DatadirConfig]], Mapping[str, str]]
 
 
 @cache
@@ -138,7 +146,7 @@ def parse_datadir(text: str) -> tuple[str, int]:
 def load(file: str | os.PathLike[str], probe: Probe | None = None) -> Config:
     """Read and check a configuration file.
 
-    `probe` is asked of each datadir why it can't be used (None: it can), so that such reasons come together with
+    `probe` is asked which of the datadirs can't be used, by path, and why, so that such reasons come together with
     the rest. Raises ConfigError with every problem found, the reading of the file included.
     """
     return _Loader(Path(file), probe).load()
@@ -165,6 +173,7 @@ class _Loader:
             write_once=values.get("write_once", False),
             reseal=Reseal(values.get("reseal", Reseal.ON_DEMAND)),
             timeout_seconds=self._timeout(values.get("timeout", 0)),
+            missing_datadirs=MissingDatadirs(values.get("missing_datadirs", MissingDatadirs.DEGRADE)),
         )
         if self.problems:
             raise ConfigError(sorted(self.problems, key=lambda problem: problem.line))
@@ -214,10 +223,10 @@ class _Loader:
             self._add((), f"{which}; give either datadir: PATH or datadirs: with a list")
         located = [*self._single_datadir(data), *self._listed_datadirs(data)]
         kept = list(self._without_repetition(located))
+        reasons = self.probe([datadir for _, datadir in kept]) if self.probe else {}
         for path, datadir in kept:
-            reason = self.probe(datadir) if self.probe else None
-            if reason:
-                self._add(path, reason)
+            if datadir.path in reasons:
+                self._add(path, reasons[datadir.path])
         return tuple(datadir for _, datadir in kept)
 
     def _single_datadir(self, data: dict[str, Any]) -> Iterator[tuple[yaml_document.Path, DatadirConfig]]:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from imgfs import fusepy_transport, kernel_transport, mounts
+from imgfs import fusepy_transport, kernel_transport, mounts, privileges
 from imgfs.config import Config, Mode
 from imgfs.errors import MountError
 from imgfs.fuse_ops import ImageOperations
@@ -52,6 +52,10 @@ def serve(request: MountRequest, ready: Callable[[], None]) -> None:
     """
     mountpoint = mounts.prepare(request.mountpoint, (datadir.path for datadir in request.config.datadirs))
     _raise_descriptor_limit()
+    try:
+        privileges.drop_capabilities()  # no thread has been made yet
+    except OSError as error:
+        log.warning("the daemon keeps all its capabilities: %s", error.strerror)
     logging.logThreads = False  # naming a foreign thread would keep an object for each for ever
     os.umask(0o022)  # for directories; images get the mode that was asked for
     transport = choose_transport(request.transport, request.passthrough)

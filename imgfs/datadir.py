@@ -18,20 +18,24 @@ import secrets
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import ParamSpec, TypeVar, cast
 
-from imgfs import linux, mount_table, names
+from imgfs import identity, linux, mount_table, names
 from imgfs.config import DatadirConfig, Mode
-from imgfs.errors import DatadirError, DatadirOffline, ImageNotFound, InvalidName, WriteDenied
+from imgfs.errors import AnsweredTooLate, DatadirError, DatadirOffline, ImageNotFound, InvalidName, WriteDenied
 from imgfs.xattrs import NativeXattrs, ReadOnlyXattrs, SidecarXattrs, Xattrs, proc_path, read_regular, supported
 
 log = logging.getLogger(__name__)
 
 FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """What a datadir says when it can't take an image for want of room."""
+LOST_ERRNOS = frozenset(
+    {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENXIO, errno.ENODEV, errno.ESHUTDOWN, errno.ECONNABORTED}
+)
+"""What a datadir's root says when the filesystem below is gone; of a file it may concern that file only."""
 UNTOLD_BYTES = 1 << 50
 """What counts as free where a filesystem does not tell its size at all (ramfs, some network filesystems)."""
 MOST_UNSYNCED_NAMES = 10_000
@@ -40,6 +44,8 @@ READ_ONLY_SECONDS = 30.0  # how long a datadir that answered EROFS is not tried 
 LOCK_WAIT_SECONDS = 10.0
 _LOCK_RETRY_SECONDS = 0.05
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +102,20 @@ def _denied(config: DatadirConfig) -> str:
 class Datadir:
     """An opened datadir. `tag` (1 to 32767) tells its inode numbers from those of the others."""
 
-    def __init__(self, config: DatadirConfig, file_perm: int = 0) -> None:
-        """Open the directory, creating it where it is missing (Glance behaviour 4), and lock it.
+    def __init__(
+        self,
+        config: DatadirConfig,
+        file_perm: int = 0,
+        *,
+        known_as: str | None = None,
+        absence: str | None = None,
+        locked: bool = True,
+    ) -> None:
+        """Open the directory and lock it, unless there is an `absence`: the reason why it can't be opened now.
 
-        Raises DatadirError, with the path, where it can't be used or another imgfs uses it.
+        One that is `known_as` an identity must have that marker and is changed in nothing otherwise; one that nobody
+        knows is created where it is missing (Glance behaviour 4). Without the lock, another imgfs may be at work
+        there. Raises DatadirError, with the path, where it can't be used or another imgfs uses it.
         """
         self.config = config
         self.path = config.path
@@ -110,12 +126,24 @@ class Datadir:
         self._gone_lock = threading.Lock()
         self.identities: dict[int, int] = {}  # of relocated images: inode number -> what they were known by before
         self._read_only_until = 0.0  # on the monotonic clock: no new images until then; 0: it is not read-only
-        self.offline: str | None = None  # why it counts as offline; None: it is online
+        self.marked_as = known_as
+        self.offline = absence  # why it counts as offline; None: it is online
+        self.known_names: Set[str] = frozenset()  # while it is offline: the names that are known to be here
+        self._file_perm = file_perm
+        self._locked = locked
+        self._own_fd: int | None = None
+        if absence is None:
+            self.open()
+
+    def open(self) -> None:
+        """Open and lock it; called again for one that was absent. Raises DatadirError."""
         self._open()
         try:
             self.device = os.fstat(self.fd).st_dev
-            self._lock()
-            self._grant_search(file_perm)
+            self._require_identity()
+            if self._locked:
+                self._lock()
+            self._grant_search(self._file_perm)
             self._own_fd = self._own_directory(names.OWN_DIRECTORY, self.fd)
             self.xattrs = self._choose_xattrs()
         except BaseException:
@@ -143,6 +171,62 @@ class Datadir:
         """Raise DatadirOffline where it is offline."""
         if self.offline is not None:
             raise DatadirOffline(f"datadir {self.path} is offline: {self.offline}")
+
+    def is_lost(self, error: OSError) -> bool:
+        """Whether an error means that the datadir itself, not one file, can't be reached; then it is offline now."""
+        if isinstance(error, AnsweredTooLate):
+            return False
+        if self.offline is not None:
+            return True
+        if error.errno not in LOST_ERRNOS or isinstance(error, DatadirOffline):
+            return False
+        try:
+            self.check_root()
+        except OSError as found:
+            if found.errno in LOST_ERRNOS:
+                self.go_offline(f"its root gives: {found.strerror}")
+        return self.offline is not None
+
+    def may_be_spared(self, error: OSError) -> bool:
+        """The same for who can do without its answer: it may also be too busy with calls that do not come back."""
+        refused = isinstance(error, DatadirOffline) and not isinstance(error, AnsweredTooLate)
+        return refused or self.is_lost(error)
+
+    def check_root(self) -> None:
+        """Look at the root in every way that imgfs does; raises what a dead filesystem says. Changes nothing."""
+        os.fstat(self.fd)
+        os.fstatvfs(self.fd)
+        unheard_of = f"{names.OWN_DIRECTORY}-{secrets.token_hex(4)}"  # no cache answers for it
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(unheard_of, dir_fd=self.fd, follow_symlinks=False)
+        fd = os.open(".", _DIRECTORY, dir_fd=self.fd)
+        try:
+            with os.scandir(fd) as found:
+                next(found, None)
+        finally:
+            os.close(fd)
+
+    # --- calls, which a datadir with a timeout watches (timed.py) ---
+
+    def ask(self, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+        """Make a call that asks something. Raises DatadirOffline where it is refused, or answered too late."""
+        return call(*args, **options)
+
+    def obtain(self, undo: Callable[[T], None], call: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:  # noqa: ARG002
+        """The same for a call whose answer is to be undone where it comes too late."""
+        return call(*args, **options)
+
+    def attempt(self, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+        """Make a call that does something, which counts however late. Raises DatadirOffline where it is refused."""
+        return call(*args, **options)
+
+    def finish(self, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+        """Make a call that is part of what was begun, so never refused; it may wait for all that was written."""
+        return call(*args, **options)
+
+    def has_stuck(self, _thread: int) -> bool:
+        """Whether a thread is stuck in a call here."""
+        return False
 
     # --- what may be done ---
 
@@ -179,6 +263,21 @@ class Datadir:
             fd = self.__dict__.pop(attribute, None)
             if fd is not None:
                 os.close(fd)
+        self._own_fd = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there are descriptors to ask; not of one that is absent since the start."""
+        return "fd" in self.__dict__
+
+    @property
+    def has_own(self) -> bool:
+        """Whether imgfs has a room of its own here; one that may not be changed need have none."""
+        return self._own_fd is not None
+
+    def mark(self, marker: identity.Marker) -> None:
+        """Put a marker into it, on stable storage."""
+        identity.write(marker, cast(int, self._own_fd))
 
     @property
     def own_fd(self) -> int:
@@ -318,9 +417,17 @@ class Datadir:
             if self._gone:
                 self._gone = {name: count for name, count in self._gone.items() if count > settled}
 
+    def is_unsettled(self) -> bool:
+        """Whether names are gone from here, and a power cut might bring them back."""
+        return bool(self._gone)
+
     def settle(self, name: str) -> None:
-        """Have it durable that a name is gone from here, if it ever was: it is about to appear in another datadir."""
+        """Have it durable that a name is gone from here, if it ever was: it is about to appear in another datadir.
+
+        Raises DatadirOffline where that can't be had.
+        """
         if name in self._gone:
+            self.require_online()
             self.sync()
 
     def _note_gone(self, name: str) -> None:
@@ -346,6 +453,14 @@ class Datadir:
     def forget_replaced(self, note: Replaced) -> None:
         """Take the note away."""
         os.unlink(note.token, dir_fd=self._own_fd)
+
+    def has_note(self, note: Replaced) -> bool:
+        """Whether a note is still there."""
+        try:
+            os.stat(note.token, dir_fd=self._own_fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return True
 
     def notes_of_replaced(self) -> list[Replaced]:
         """The notes that a crash left behind."""
@@ -376,11 +491,19 @@ class Datadir:
         if reason:
             raise DatadirError(reason)
         try:
-            if self.writable:
+            if self.writable and self.marked_as is None:
                 Path(self.path).mkdir(parents=True, exist_ok=True)
             self.fd = os.open(self.path, _DIRECTORY)
         except OSError as error:
             raise DatadirError(f"datadir {self.path} can't be opened: {error.strerror}", error.errno) from None
+
+    def _require_identity(self) -> None:
+        """Before anything is written: what is known to have a marker must have it. Its disk may be gone by now."""
+        if self.marked_as is None:
+            return
+        marker = identity.marker_in(self.fd)
+        if marker is None or marker.datadir != self.marked_as:
+            raise DatadirError(f"datadir {self.path} was taken away while it was opened; try again", errno.ENODEV)
 
     def _lock(self) -> None:
         """One imgfs at a time: two would not see each other's creates and seals."""
@@ -431,6 +554,19 @@ class Datadir:
             self._xattrs_fd = None if own is None else self._own_directory("xattrs", own)
             below = None if self._xattrs_fd is None else SidecarXattrs(self._xattrs_fd)
         return below if below and self.writable else ReadOnlyXattrs(below)
+
+
+def answers(datadirs: Iterable[Datadir], ask: Callable[[Datadir], T]) -> list[T]:
+    """What each datadir that is online answers; one that turns out to be lost is passed over."""
+    given = []
+    for datadir in datadirs:
+        if datadir.offline is None:
+            try:
+                given.append(ask(datadir))
+            except OSError as error:
+                if not datadir.may_be_spared(error):
+                    raise
+    return given
 
 
 def give_tags(datadirs: list[Datadir]) -> None:

@@ -34,6 +34,12 @@ class ImageExists(ImgfsError):
     default_errno = errno.EEXIST
 
 
+class NameDoubled(ImgfsError):
+    """The name lies in more than one datadir: which copy is meant must be settled first."""
+
+    default_errno = errno.EBUSY
+
+
 class StorageFull(ImgfsError):
     """No datadir can take the image (ENOSPC, EDQUOT and EFBIG of a datadir count alike)."""
 
@@ -134,6 +140,10 @@ class DatadirOffline(ImgfsError):
     """The datadir that has the image does not answer, or is gone."""
 
     default_errno = errno.EIO
+
+
+class AnsweredTooLate(DatadirOffline):
+    """The datadir answers now, but whoever asked was told that it is offline: nothing more may be done for them."""
 
 
 class MountError(ImgfsError):

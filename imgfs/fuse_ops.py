@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from imgfs.attributes import ImageAttributes, RootAttributes
+from imgfs.calls import Call
 from imgfs.datadir import Datadir
 from imgfs.errors import NotPermitted
 from imgfs.hashing import never
@@ -78,6 +79,7 @@ class ImageOperations:
         self._store = store
         self._caller = caller
         self._ready: Callable[[], None] = lambda: None
+        self._destroyed: Callable[[], None] = lambda: None
         self._attributes = ImageAttributes(store, interrupted)
         self._root_attributes = RootAttributes(store, transport)
         self._lock = threading.Lock()
@@ -103,9 +105,26 @@ class ImageOperations:
         """Have `ready` called when fusepy says that the mount is about to answer."""
         self._ready = ready
 
+    def on_destroy(self, destroyed: Callable[[], None]) -> None:
+        """Have `destroyed` called when the mount is gone, and no request is under way."""
+        self._destroyed = destroyed
+
+    def misses_a_datadir(self) -> bool:
+        """Whether some datadir is offline."""
+        return any(datadir.offline is not None for datadir in self._store.datadirs)
+
+    def finish(self) -> None:
+        """End as `destroy` and the store do, though requests are under way that nobody waits for."""
+        self.destroy(ROOT, cut_off=True)
+        self._store.close()
+
     def on_change(self, changed: ImageChanged) -> bool:
         """Have `changed` called when an image changes otherwise than by a request; see ImageStore.on_change."""
         return self._store.on_change(changed)
+
+    def on_stuck(self, stuck: Callable[[list[Call]], None]) -> None:
+        """Have `stuck` called with calls that a datadir does not answer; see ImageStore.on_stuck."""
+        self._store.on_stuck(stuck)
 
     def init(self, _path: str) -> None:
         """The mount is about to answer."""
@@ -117,6 +136,7 @@ class ImageOperations:
         A release that is under way when the mount goes never reaches the daemon; so a handle that was flushed after
         its last write counts as closed, unless the transport knows that it was `cut_off` from open files.
         """
+        self._destroyed()
         with self._lock:
             handles, self._handles = list(self._handles.values()), {}
         for handle in handles:
@@ -166,7 +186,7 @@ class ImageOperations:
 
     def _root_status(self) -> dict[str, int]:
         """The root shows the first datadir's owner and mode, and the latest times of all that are online."""
-        first, *others = [datadir.directory_status() for datadir in self._store.online_datadirs()] or [os.stat(ROOT)]
+        first, *others = self._store.answers(lambda datadir: datadir.directory_status()) or [os.stat(ROOT)]
         size, blocks = first.st_size, first.st_blocks
         atime, mtime, ctime = first.st_atime_ns, first.st_mtime_ns, first.st_ctime_ns
         for other in others:  # the kernel asks for this after each create and each unlink
@@ -250,7 +270,7 @@ class ImageOperations:
 
     def statfs(self, _path: str) -> dict[str, int]:
         """statvfs(3): the sum of the filesystems below, each counted once."""
-        below = {datadir.directory_status().st_dev: datadir.filesystem() for datadir in self._store.online_datadirs()}
+        below = dict(self._store.answers(lambda datadir: (datadir.device, datadir.filesystem())))
         totals = {
             key: sum(getattr(numbers, key) * numbers.f_frsize // STATFS_BLOCK_BYTES for numbers in below.values())
             for key in ("f_blocks", "f_bfree", "f_bavail")
@@ -388,7 +408,7 @@ class ImageOperations:
     def statx(self, path: str | None, fh: int | None = None) -> dict[str, int]:
         """What `getattr` gives, and as `st_birthtime` when the file was made (ns), where that is known (statx(2))."""
         if path == ROOT:
-            return self._root_status() | _born(self._store.datadirs[0].fd)
+            return self._root_status() | next((_born(datadir.fd) for datadir in self._store.online_datadirs()), {})
         with self._image(path, fh) as image:
             return _described(*image.located()) | _born(image.path_fd)
 
@@ -424,6 +444,11 @@ class ImageOperations:
             self._store.exchange(_name(old), _name(new))
         else:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return 0
+
+    def discard(self, fh: int) -> int:
+        """Remove an image that was just created, and is empty: nobody ever heard of it."""
+        self._store.discard(self._handle(fh))
         return 0
 
     def passthrough_fd(self, fh: int) -> int | None:

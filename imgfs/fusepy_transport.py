@@ -8,19 +8,30 @@ cached pages are kept from one open to the next only if size and mtime are uncha
 """
 
 import codecs
+import contextlib
 import ctypes
+import logging
 import os
+import threading
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from imgfs import mounts, privileges
 from imgfs.errors import MountError
 from imgfs.fuse_ops import ImageOperations
+from imgfs.kernel import mount
 from imgfs.linux import is_dying
 from imgfs.mounts import FSTYPE
+
+log = logging.getLogger(__name__)
 
 NAME = "fusepy"
 REQUEST_BYTES = 128 << 10  # the most that libfuse 2 has room for
 ATTR_SECONDS = 0.1
+POLL_SECONDS = 0.5
+END_SECONDS = 5.0  # what requests get to finish once the mount ends, while a datadir is offline
 ENCODING = "imgfs-names"
 
 
@@ -59,6 +70,7 @@ class FusepyTransport:
     def __init__(self) -> None:
         """Load libfuse; `why_unavailable` says whether that works."""
         self._fuse = _load()
+        self._over = threading.Event()
 
     def caller(self) -> tuple[int, int, int]:
         """Uid, gid and pid of whoever made the request that the calling thread works on."""
@@ -82,6 +94,23 @@ class FusepyTransport:
         library = self._fuse._libfuse
         return bool(library.fuse_exited(ctypes.c_void_p(library.fuse_get_context().contents.fuse)))
 
+    def _end_in_any_case(self, session: ctypes.c_void_p, mountpoint: str, operations: ImageOperations) -> None:
+        """libfuse waits at the end for all its threads: where some are stuck in a datadir, end without it."""
+        ending_since: float | None = None
+        while not self._over.wait(POLL_SECONDS):
+            if ending_since is None and self._fuse._libfuse.fuse_exited(session):
+                ending_since = time.monotonic()
+            if ending_since is None or not operations.misses_a_datadir():
+                continue
+            if time.monotonic() - ending_since > END_SECONDS:
+                log.warning("requests are stuck in a datadir that is offline; the daemon ends without them")
+                operations.finish()
+                mount.abort(Path(mountpoint), mount.connection_number(Path(mountpoint)))
+                with contextlib.suppress(MountError):
+                    mounts.detach(mountpoint)
+                logging.shutdown()
+                os._exit(0)
+
     def describe(self) -> str:
         """What `user.imgfs.transport` shows."""
         return NAME
@@ -99,7 +128,16 @@ class FusepyTransport:
         `ready` is called as the mount comes up. Raises MountError where libfuse does not come up; it has written
         the reason to stderr then.
         """
-        operations.on_init(ready)
+
+        def up() -> None:
+            privileges.keep_descriptors_to_ourselves()  # libfuse's own of /dev/fuse, too
+            session = ctypes.c_void_p(self._fuse._libfuse.fuse_get_context().contents.fuse)
+            arguments = (session, mountpoint, operations)
+            threading.Thread(target=self._end_in_any_case, args=arguments, name="imgfs-end", daemon=True).start()
+            ready()
+
+        operations.on_init(up)
+        operations.on_destroy(self._over.set)
         settings: dict[str, Any] = {
             "foreground": True,
             "fsname": "imgfs",

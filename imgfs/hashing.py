@@ -58,6 +58,7 @@ class Hole:
 
 Chunk = bytes | memoryview | Hole
 Stop = Callable[[], bool]
+Pread = Callable[[int, int, int], bytes]
 
 
 def never() -> bool:
@@ -308,7 +309,7 @@ class DigestStream:
             self._position = offset
 
 
-def _read_gently(fd: int, start: int, end: int, stop: Stop) -> Iterator[bytes]:
+def _read_gently(fd: int, start: int, end: int, stop: Stop, pread: Pread) -> Iterator[bytes]:
     """The bytes from `start` to `end`; what only this reading brings into the page cache goes out again.
 
     So sealing a large image does not push out what others read (posix_fadvise(2)). Whether a window was cached
@@ -321,7 +322,7 @@ def _read_gently(fd: int, start: int, end: int, stop: Stop) -> Iterator[bytes]:
         while offset < window_end:
             if stop():
                 raise Interrupted("the reading for digests was given up")
-            chunk = os.pread(fd, min(READ_BYTES, window_end - offset), offset)
+            chunk = pread(fd, min(READ_BYTES, window_end - offset), offset)
             if not chunk:
                 raise ImageChanging("the file became shorter while it was read")
             yield chunk
@@ -340,8 +341,17 @@ def _is_cached(fd: int, offset: int) -> bool:
         return True
 
 
-def digest_file(fd: int, size: int, pool: HashPool, algo: str, stop: Stop = never) -> Digests:
+def digest_file(  # noqa: PLR0917
+    fd: int,
+    size: int,
+    pool: HashPool,
+    algo: str,
+    stop: Stop = never,
+    pread: Pread | None = None,
+) -> Digests:
     """Read `size` bytes of a file and give their digests; holes are not read, and the page cache stays as it was.
+
+    `pread` stands for pread(2).
 
     Raises Interrupted once `stop()` is true, ImageChanging where the file turns out shorter, and the OSError of a
     failing read.
@@ -350,7 +360,7 @@ def digest_file(fd: int, size: int, pool: HashPool, algo: str, stop: Stop = neve
     try:
         for start, end in data_spans(fd, size):
             offset = start
-            for chunk in _read_gently(fd, start, end, stop):
+            for chunk in _read_gently(fd, start, end, stop, pread or os.pread):
                 stream.write(offset, chunk, stop)
                 offset += len(chunk)
         if stop():

@@ -119,17 +119,40 @@ class Image:
 
     def open_for_read(self) -> int:
         """A descriptor that can be read from, shared by all handles."""
-        with self.lock:
-            if self._read_fd is None and self._write_fd is None:
-                self._read_fd = os.open(proc_path(self.path_fd), _READ)
-            return self.fd
+        while self._read_fd is None and self._write_fd is None:
+            fd, key = self._reopened(_READ)
+            with self.lock:
+                wanted = self._read_fd is None and self._write_fd is None and key == self.key
+                if wanted:
+                    self._read_fd = fd
+            if not wanted:
+                os.close(fd)
+        return self.fd
 
     def open_for_write(self) -> int:
         """A descriptor that can be read from and written to, shared by all writers."""
-        with self.lock:
-            if self._write_fd is None:
-                self._write_fd = os.open(proc_path(self.path_fd), _WRITE)
-            return self._write_fd
+        while self._write_fd is None:
+            fd, key = self._reopened(_WRITE)
+            with self.lock:
+                wanted = self._write_fd is None and key == self.key
+                if wanted:
+                    self._write_fd = fd
+            if not wanted:
+                os.close(fd)
+        return self._write_fd
+
+    def _reopened(self, flags: int) -> tuple[int, Key]:
+        """Another descriptor of the file, and which file that is: it may be moved at this moment."""
+        fd = self.datadir.obtain(os.close, os.open, proc_path(self.path_fd), flags)
+        return fd, key_of(os.fstat(fd))
+
+    def read(self, size: int, offset: int) -> bytes:
+        """pread(2)."""
+        return os.pread(self.fd, size, offset)
+
+    def sync(self, data_only: bool = False) -> None:
+        """fsync(2) or fdatasync(2)."""
+        self.datadir.finish(os.fdatasync if data_only else os.fsync, self.open_for_read())
 
     def adopt(self, fd: int) -> None:
         """Write through the descriptor of a file that was just created; its bytes are all still to come."""
@@ -185,7 +208,10 @@ class Image:
         if self._stream is not None:
             self._stream.break_off()
         for fd in self._descriptors():
-            os.close(fd)
+            try:
+                os.close(fd)
+            except OSError as error:  # it is closed all the same (close(2)); what was vouched for was synced before
+                log.warning("image %r in %s: closing it gives: %s", self.name, self.datadir.path, error.strerror)
 
     def _descriptors(self) -> set[int]:
         """The one that pins the inode is also the one to write through where the image was created here."""
@@ -222,7 +248,10 @@ class Image:
             fd = self.open_for_write()
             self._before_change()
             try:
-                os.ftruncate(fd, size)
+                self.datadir.finish(os.ftruncate, fd, size)
+            except OSError:
+                self._doubt_stream()
+                raise
             finally:
                 self._after_change()
             if self.lacking_at is not None and size <= self.lacking_at:
@@ -240,10 +269,10 @@ class Image:
             fd = self.open_for_write()
             self._before_change()
             try:
-                fallocate(fd, mode, offset, length)
-            except OSError:
-                if self._stream is not None and mode & _ZEROING:
-                    self._stream.break_off()  # some of it may have been done
+                self.datadir.finish(fallocate, fd, mode, offset, length)
+            except OSError as error:
+                if mode & _ZEROING or error.errno not in FULL_ERRNOS:
+                    self._doubt_stream()
                 raise
             finally:
                 self._after_change()
@@ -256,7 +285,9 @@ class Image:
             fd = self.open_for_write()
             self._before_change()
             try:
-                copied = os.copy_file_range(source.fd, fd, length, source_offset, offset)
+                copied = self.datadir.finish(
+                    source.datadir.finish, os.copy_file_range, source.fd, fd, length, source_offset, offset
+                )
             except OSError as error:
                 self._note_lack(error, offset)
                 raise
@@ -277,7 +308,7 @@ class Image:
         if self._write_once and self.state() is State.ACTIVE:
             raise NotPermitted(f"image {self.name!r} is complete, and the store is write-once")
         if self._drop_record():
-            os.fsync(self.open_for_write())
+            self.sync()
         with self.lock:
             self.unsealed = True
             self.failed = False
@@ -287,6 +318,13 @@ class Image:
     def _note_lack(self, error: OSError, offset: int) -> None:
         if error.errno in FULL_ERRNOS:
             self.lacking_at = offset
+        else:
+            self._doubt_stream()
+
+    def _doubt_stream(self) -> None:
+        """After an error nobody knows what was done, or will be done yet: the digests are to come from the file."""
+        if self._stream is not None:
+            self._stream.break_off()
 
     def _note_room(self, offset: int, written: int) -> None:
         if self.lacking_at is not None and offset <= self.lacking_at < offset + written:
@@ -326,7 +364,7 @@ class Image:
         with self.change_lock:
             before = self.status()
             held = None if self.unsealed else self.stored_record()
-            set_times(proc_path(self.path_fd), times_ns)
+            self.datadir.attempt(set_times, proc_path(self.path_fd), times_ns)
             after = self.status()
             if self.mtime_ns == before.st_mtime_ns:
                 self.mtime_ns = after.st_mtime_ns
@@ -335,11 +373,11 @@ class Image:
 
     def set_mode(self, mode: int) -> None:
         """fchmod(2)."""
-        os.chmod(proc_path(self.path_fd), mode)
+        self.datadir.attempt(os.chmod, proc_path(self.path_fd), mode)
 
     def set_owner(self, uid: int, gid: int) -> None:
         """fchown(2); -1 leaves one as it is."""
-        os.chown(proc_path(self.path_fd), uid, gid)
+        self.datadir.attempt(os.chown, proc_path(self.path_fd), uid, gid)
 
     # --- state ---
 
@@ -436,9 +474,10 @@ class Image:
             return not (self.unsealed and self.writers)
 
     def wait_while_sealing(self, interrupted: Callable[[], bool]) -> None:
-        """Wait until nobody writes and no seal is under way; raises Interrupted when the caller is."""
+        """Wait until nobody writes and no seal is under way. Raises Interrupted, DatadirOffline."""
         with self.lock:
             while self.sealing or (self.unsealed and self.writers):
+                self.datadir.require_online()
                 if interrupted():
                     raise Interrupted("interrupted while waiting for the image to be sealed")
                 self.lock.wait(WAIT_SECONDS)
@@ -476,7 +515,7 @@ class Handle:
     def read(self, size: int, offset: int) -> bytes:
         """At most `size` bytes from `offset`; empty at the end. Raises EIO for a failed image."""
         self.require_readable()
-        return os.pread(self.image.fd, size, offset)
+        return self.image.read(size, offset)
 
     def require_readable(self) -> None:
         """Raise ImageFailed where the image failed an expectation."""
@@ -510,7 +549,7 @@ class Handle:
 
     def seek(self, offset: int, whence: int) -> int:
         """lseek(2) with SEEK_DATA or SEEK_HOLE; ENXIO beyond the end."""
-        return os.lseek(self.image.fd, offset, whence)
+        return self.image.datadir.ask(os.lseek, self.image.fd, offset, whence)
 
     def resting_fd(self) -> int | None:
         """A descriptor whose bytes are those of the image for as long as it is open, or None.
@@ -562,7 +601,7 @@ class Handle:
 
     def sync(self, data_only: bool = False) -> None:
         """fsync(2) or fdatasync(2)."""
-        (os.fdatasync if data_only else os.fsync)(self.image.fd)
+        self.image.sync(data_only)
 
     def _require_writable(self) -> None:
         if not self.writable:

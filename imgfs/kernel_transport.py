@@ -74,6 +74,7 @@ class KernelTransport:
         )
         session.mount()
         self._session = session
+        operations.on_stuck(session.give_up)
 
         with _on_signals(session.stop):
             session.run(ready)

@@ -16,6 +16,7 @@ from imgfs.mount_table import mounted_at
 log = logging.getLogger(__name__)
 
 FSTYPE = "fuse.imgfs"
+_POLL_SECONDS = 0.5
 _MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8  # umount2(2)
 
 
@@ -84,18 +85,28 @@ def unmount(path: str, lazy: bool = False) -> None:
     with contextlib.ExitStack() as stack:
         daemon = _daemon_of(path)
         if daemon is not None:
-            stack.callback(os.close, daemon)
+            stack.callback(os.close, daemon[0])
         take_away(path, lazy)
         if daemon is not None and not lazy:
-            select.select([daemon], [], [])
+            _wait_for_end(*daemon)
 
 
-def _daemon_of(path: str) -> int | None:
-    """A pidfd of the process that serves a mount; None where it does not say, or is gone."""
+def _daemon_of(path: str) -> tuple[int, int] | None:
+    """A pidfd and the pid of the process that serves a mount; None where it does not say, or is gone."""
     try:
-        return os.pidfd_open(int(os.getxattr(path, "user.imgfs.pid")))
+        pid = int(os.getxattr(path, "user.imgfs.pid"))
+        return os.pidfd_open(pid), pid
     except (OSError, ValueError):
         return None
+
+
+def _wait_for_end(pidfd: int, pid: int) -> None:
+    """Wait until a process has ended; or is done, but has threads that a hung datadir keeps from ending."""
+    while not select.select([pidfd], [], [], _POLL_SECONDS)[0]:
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/stat").read_text("ascii", "replace").rpartition(")")[2].split()[0] == "Z":
+                log.warning("process %d is done, but can't end before a datadir answers again", pid)
+                return
 
 
 def take_away(path: str, lazy: bool) -> None:

@@ -15,20 +15,31 @@ import logging
 import os
 import stat
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from imgfs import names, placement
-from imgfs.datadir import FULL_ERRNOS, Datadir
-from imgfs.errors import ImageExists, ImageNotFound, ImgfsError, ReservedName, StorageFull
+from imgfs.copies import Copies, copies_of, described
+from imgfs.datadir import FULL_ERRNOS, LOST_ERRNOS, Datadir, Entry, Replaced, answers
+from imgfs.errors import (
+    AnsweredTooLate,
+    ImageExists,
+    ImageNotFound,
+    ImgfsError,
+    NameDoubled,
+    ReservedName,
+    StorageFull,
+)
 from imgfs.image import Image, Key, StreamFactory, key_of
-from imgfs.name_locks import NameLocks
+from imgfs.name_locks import NameLocks, Turn
 from imgfs.transit import Transit, finish_arrivals
 
 log = logging.getLogger(__name__)
 
 _ATTEMPTS = 10
 _PASSED_OVER = FULL_ERRNOS | {errno.EROFS}
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,21 +81,31 @@ class Namespace:
         *,
         thin: bool,
         write_once: bool,
+        image_class: type[Image] = Image,
+        noted: Callable[[Datadir, str], None] = lambda _datadir, _name: None,
     ) -> None:
-        """`removed` is called with each live image that loses its name for good."""
+        """`removed` is called with each live image that loses its name for good.
+
+        `noted` is called with each name in a datadir that was removed or renamed, or renamed to.
+        """
+        self._image_class = image_class
         self.datadirs = datadirs
         self._removed = removed
+        self._noted = noted
         self._new_stream = new_stream
         self._thin = thin
         self._write_once = write_once
-        self._names = NameLocks()
-        self._placing = threading.Lock()
+        self._names = NameLocks(self._require_not_stuck)
+        self._placing = Turn()
         self._table_lock = threading.Lock()
         self._live: dict[Key, Image] = {}  # guarded by _table_lock
         self._declared: set[Image] = set()  # guarded by _table_lock: live images whose size was declared
         self._promises: set[Promise] = set()  # guarded by _table_lock
         self._moves = 0  # how many images went to another datadir; who saw none of the two files looks again
-        self._finish_replacements()
+        self.copies = Copies(datadirs, self._is_saving, self._names.held)
+        self.finish_replacements()
+        for datadir in self.online():
+            finish_arrivals(datadir, datadirs)
 
     # --- finding ---
 
@@ -92,19 +113,44 @@ class Namespace:
         """The datadirs that can be asked, highest priority first."""
         return [datadir for datadir in self.datadirs if datadir.offline is None]
 
+    def answers(self, ask: Callable[[Datadir], T]) -> list[T]:
+        """What each datadir that is online answers; one that turns out to be lost is passed over."""
+        return answers(self.datadirs, ask)
+
+    def replace(self, lost: Collection[int]) -> None:
+        """Nobody waits for these threads, which are stuck in a datadir."""
+        self._placing.take_from(lost)
+
+    def _require_not_stuck(self, thread: int) -> None:
+        """Raise DatadirOffline where a thread is stuck in a datadir."""
+        for datadir in self.datadirs:
+            if datadir.has_stuck(thread):
+                datadir.require_online()
+
     def listing(self) -> Iterator[tuple[str, int]]:
         """Every image, once: its name and its inode number. Those of a datadir that is offline are left out."""
         seen: set[str] = set()
-        moves = -1
+        doubled: list[str] = []
+        before = moves = -1
         while moves != self._moves:
-            moves = self._moves
+            before, moves = moves, self._moves
             for datadir in self.online():
-                for entry in datadir.entries():
+                for entry in _entries(datadir):
                     if entry.name in seen:
+                        if before == -1:
+                            doubled.append(entry.name)
                         continue
                     if len(self.datadirs) > 1:
                         seen.add(entry.name)
-                    yield entry.name, datadir.inode_number(entry.ino)
+                    yield entry.name, self._shown_number(datadir, entry)
+        if doubled:
+            self.copies.suspect(doubled)
+
+    def _shown_number(self, datadir: Datadir, entry: Entry) -> int:
+        """The inode number of the file that is served under a name."""
+        if entry.name in self.copies.names and (served := self.find(entry.name)):
+            return served[0].inode_number(served[1].st_ino)
+        return datadir.inode_number(entry.ino)
 
     def status(self, name: str) -> tuple[Datadir, os.stat_result]:
         """The datadir of an image and its lstat(2) there. Raises ImageNotFound, DatadirOffline."""
@@ -116,12 +162,19 @@ class Namespace:
 
     def find(self, name: str) -> tuple[Datadir, os.stat_result] | None:
         """The same for a name that an image can have; None where there is none."""
+        if name in self.copies.names and (found := self.copies.of(name)):
+            return found[0].datadir, found[0].status
         moves = -1
         while moves != self._moves:
             moves = self._moves
             for datadir in self.datadirs:
                 if datadir.offline is None:
-                    status = datadir.find(name)
+                    try:
+                        status = datadir.find(name)
+                    except OSError as error:
+                        if not datadir.is_lost(error):
+                            raise
+                        continue
                     if status is not None:
                         return datadir, status
         self._require_not_offline(name)
@@ -135,7 +188,9 @@ class Namespace:
 
     def _is_known_at(self, datadir: Datadir, name: str) -> bool:
         """Whether an offline datadir has an image of that name, as far as is known without asking it."""
-        return any(image.name == name and image.datadir is datadir for image in self.live_images())
+        return name in datadir.known_names or any(
+            image.name == name and image.datadir is datadir for image in self.live_images()
+        )
 
     @contextlib.contextmanager
     def image(self, name: str) -> Iterator[Image]:
@@ -159,14 +214,37 @@ class Namespace:
         raise ImageNotFound(f"no image {name!r}")
 
     def _pinned(self, name: str) -> Image | None:
-        for datadir in self.online():
-            with contextlib.suppress(ImageNotFound):
+        for datadir in self._having(name):
+            try:
                 path_fd = datadir.pin(name)
-                image = self._shared(self._image(datadir, name, path_fd, os.fstat(path_fd)))
-                if self._keep_name(image, name):
-                    return image
-                self.let_go(image)
+            except ImageNotFound:
+                continue
+            except OSError as error:
+                if not datadir.is_lost(error):
+                    raise
+                continue
+            image = self._shared(self._image(datadir, name, path_fd, os.fstat(path_fd)))
+            if self._keep_name(image, name):
+                return image
+            self.let_go(image)
         return None
+
+    def _having(self, name: str) -> list[Datadir]:
+        """The datadirs to be asked for a name, in this order."""
+        if name in self.copies.names:
+            return [copy.datadir for copy in self.copies.of(name)]
+        return self.online()
+
+    def _is_saving(self, status: os.stat_result) -> bool:
+        with self._table_lock:
+            image = self._live.get(key_of(status))
+        return image is not None and image.unsealed and bool(image.writers or image.sealing)
+
+    def _require_single(self, *wanted: str) -> None:
+        """Raise NameDoubled or DatadirOffline for names of which there is another copy, that would rise in place."""
+        for name in wanted:
+            self.copies.require_single(name)
+            self._require_not_offline(name)
 
     def _keep_name(self, image: Image, name: str) -> bool:
         """Follow what was done to a live image directly, or while it was in no table yet.
@@ -209,7 +287,9 @@ class Namespace:
             raise ImageNotFound(f"no image {name!r}") from None
 
     def _image(self, datadir: Datadir, name: str, path_fd: int, status: os.stat_result) -> Image:
-        return Image(datadir, name, path_fd, status, self._new_stream, thin=self._thin, write_once=self._write_once)
+        return self._image_class(
+            datadir, name, path_fd, status, self._new_stream, thin=self._thin, write_once=self._write_once
+        )
 
     def _shared(self, fresh: Image) -> Image:
         """The live image of the inode of `fresh`: `fresh` itself where there is none yet."""
@@ -232,7 +312,7 @@ class Namespace:
         with self._names.held(name):
             placed = self._placed(None)
             # The first one placed says itself whether it has the name (O_EXCL), before anything else.
-            if any(datadir.has_any(name) for datadir in self.online() if datadir not in placed[:1]):
+            if self._is_taken(name, but=placed[:1]):
                 raise ImageExists(f"image {name!r} exists")
             self._require_not_offline(name)
             datadir, fd, status = self._create_in(placed, name, mode, owner)
@@ -244,6 +324,18 @@ class Namespace:
         if live is not fresh:
             self._hand_over(fresh, live)
         return live
+
+    def _is_taken(self, name: str, but: Container[Datadir]) -> bool:
+        """Whether anything has a name in some datadir other than those given, as far as can be asked."""
+        for datadir in self.datadirs:
+            if datadir.offline is None and datadir not in but:
+                try:
+                    if datadir.has_any(name):
+                        return True
+                except OSError as error:
+                    if not datadir.is_lost(error):
+                        raise
+        return False
 
     def _hand_over(self, fresh: Image, live: Image) -> None:
         """Somebody has looked up an image that was just created, and entered it in the table before."""
@@ -296,33 +388,53 @@ class Namespace:
             for image in declared:
                 image.references += 1
             promised: list[Image | Promise] = [*declared, *self._promises]
-        reserved = sum(one.outstanding_bytes() for one in promised if one.datadir.device == datadir.device)
+        reserved = sum(
+            one.outstanding_bytes()
+            for one in promised
+            if one.datadir.device == datadir.device and one.datadir.offline is None
+        )
         for image in declared:
             self.let_go(image)
         return reserved
 
     def _placed(self, size: int | None) -> list[Datadir]:
-        return placement.order((self._candidate(d) for d in self.datadirs if d.takes_images), size)
+        candidates = (self._candidate(datadir) for datadir in self.datadirs if datadir.takes_images)
+        return placement.order([candidate for candidate in candidates if candidate is not None], size)
 
-    def _candidate(self, datadir: Datadir) -> placement.Candidate[Datadir]:
+    def _candidate(self, datadir: Datadir) -> placement.Candidate[Datadir] | None:
+        """None for one that turns out to be lost."""
         kept = self.reserved_bytes(datadir) + datadir.config.min_free_bytes
-        return placement.Candidate(datadir, datadir.priority, datadir.free_bytes() - kept)
+        try:
+            return placement.Candidate(datadir, datadir.priority, datadir.free_bytes() - kept)
+        except OSError as error:
+            if not datadir.may_be_spared(error):
+                raise
+            return None
 
     def _create_in(
         self, datadirs: Iterable[Datadir], name: str, mode: int, owner: Owner
     ) -> tuple[Datadir, int, os.stat_result]:
-        """A new file in the first datadir that takes it, and its fstat(2) as it was created."""
+        """A new file in the first datadir that takes it, and its fstat(2) as it was created.
+
+        Where none does: the error of one that is broken, if any, else StorageFull.
+        """
+        broken: OSError | None = None
         for datadir in datadirs:
             self._settle_elsewhere(name, datadir)
             try:
-                return datadir, *_create_file(datadir, name, mode, owner)
+                return datadir, *datadir.obtain(
+                    lambda made, datadir=datadir: _unmake_file(datadir, name, made[0]),  # type: ignore[misc]
+                    _create_file, datadir, name, mode, owner,
+                )  # fmt: skip
             except FileExistsError:
                 raise ImageExists(f"image {name!r} exists") from None
             except OSError as error:
-                if error.errno not in _PASSED_OVER:
+                if error.errno not in _PASSED_OVER | LOST_ERRNOS or isinstance(error, AnsweredTooLate):
                     raise
+                if error.errno in LOST_ERRNOS and not datadir.is_lost(error):
+                    broken = error
                 log.warning("datadir %s is passed over for %r: %s", datadir.path, name, error.strerror)
-        raise StorageFull(f"no datadir has room for {name!r}")
+        raise broken or StorageFull(f"no datadir has room for {name!r}")
 
     def replace_file(self, image: Image, transit: Transit) -> None:
         """An image goes on in a copy of its file, in another datadir; all its handles go with it.
@@ -349,6 +461,8 @@ class Namespace:
             self._moves += 1
             old.unlink(name)
             undo.pop_all()
+            self._noted(old, name)
+            self._noted(transit.datadir, name)
             self._know_no_more(key)
             _settle(transit, old, key[1])
 
@@ -375,9 +489,11 @@ class Namespace:
     def delete(self, name: str) -> None:
         """Remove an image; handles that are open keep it readable. Raises ImageNotFound, or the true errno."""
         with self._names.held(name):
+            self._require_single(name)
             datadir, status = self.status(name)
             datadir.require_writable()
             datadir.unlink(name)
+            self._noted(datadir, name)
             if status.st_nlink == 1:
                 datadir.xattrs.forget(status.st_ino)
             with self._table_lock:
@@ -409,6 +525,7 @@ class Namespace:
             image.datadir.require_writable()
             if old == new:
                 return
+            self._require_single(old, new)
             with contextlib.ExitStack() as stack:
                 target = None
                 with contextlib.suppress(ImageNotFound):
@@ -427,29 +544,31 @@ class Namespace:
         names.check(one)
         names.check(other)
         with self._names.held(one, other), self.image(one) as first, self.image(other) as second:
+            self._require_single(one, other)
             first.datadir.require_writable()
             if first.datadir is not second.datadir:
                 raise ImgfsError("images in different datadirs can't be exchanged in one step", errno.EXDEV)
             first.datadir.exchange(one, other)
             first.name, second.name = other, one
+            self._noted(first.datadir, one)
+            self._noted(first.datadir, other)
 
     def sync(self) -> None:
-        """Put on stable storage which names there are."""
+        """Put on stable storage which names there are. Raises DatadirOffline where that can't be had."""
+        for datadir in self.datadirs:
+            if datadir.offline is not None and datadir.is_unsettled():
+                datadir.require_online()
         for datadir in self.online():
             if datadir.writable:
                 datadir.sync()
 
     def _rename(self, image: Image, old: str, new: str, target: Image | None) -> None:
         here = target is not None and target.datadir is image.datadir
-        if not here and image.datadir.has_any(new):
-            raise ImageExists(f"{new!r} is taken in {image.datadir.path} by something else; remove that first")
-        gone = {image.datadir, target.datadir if target else image.datadir}
-        if any(datadir.has_any(new) for datadir in self.online() if datadir not in gone):
-            raise ImageExists(f"{new!r} is in more than one datadir; remove the copies that are not wanted first")
-        self._require_not_offline(new)
+        if self._is_taken(new, but=[target.datadir] if target else []):
+            self._refuse_taken(new)
         if target is not None:
             # What replaces an image must be on stable storage before that is gone.
-            os.fsync(image.open_for_read())
+            image.sync()
         self._settle_elsewhere(new, image.datadir)
         if target is not None and not here:
             self._replace_elsewhere(image, old, new, target)
@@ -458,10 +577,20 @@ class Namespace:
             if target is not None:
                 self._forget(target, new)
         image.name = new
+        self._noted(image.datadir, old)
+        self._noted(image.datadir, new)
+
+    def _refuse_taken(self, name: str) -> None:
+        """A second copy, not known until now, or something that is no image."""
+        found = copies_of(name, self.datadirs)
+        if len(found) > 1:
+            self.copies.suspect([name])
+            raise NameDoubled(f"{name!r} lies in more than one datadir: {described(found)}; remove one there first")
+        raise ImageExists(f"{name!r} is taken in a datadir by something that is no image; remove that first")
 
     def _settle_elsewhere(self, name: str, datadir: Datadir) -> None:
         """Before a name appears in a datadir: an image that had it elsewhere must not come back by a power cut."""
-        for other in self.online():
+        for other in self.datadirs:
             if other is not datadir:
                 other.settle(name)
 
@@ -480,6 +609,7 @@ class Namespace:
 
     def _unlink(self, image: Image, name: str) -> None:
         image.datadir.unlink(name)
+        self._noted(image.datadir, name)
         self._forget(image, name)
 
     def _forget(self, image: Image, name: str) -> None:
@@ -490,25 +620,38 @@ class Namespace:
             image.datadir.xattrs.forget(status.st_ino)
         self._removed(image)
 
-    def _finish_replacements(self) -> None:
-        """Complete what a crash cut short: the old copy goes if another has its name.
+    def finish_replacements(self) -> None:
+        """Complete the replacements that a crash cut short: the old copy goes if another has its name.
 
         What an earlier daemon did is made durable first: its end may have left it in the caches of the system.
         """
         for datadir in self.online():
             _sync_if_possible(datadir)
         for datadir in self.online():
-            finish_arrivals(datadir, self.datadirs)
             for note in datadir.notes_of_replaced():
                 if any(d.path == note.by and d.offline is not None for d in self.datadirs):
                     continue  # whether the rename happened is not known
-                with contextlib.suppress(ImageNotFound):
-                    renamed = note.name and any(d.has_any(note.name) for d in self.datadirs if d.path == note.by)
-                    if renamed and datadir.status(note.name).st_ino == note.ino:
-                        log.warning("the replacement of image %r was cut short; it is completed", note.name)
-                        datadir.unlink(note.name)
-                        datadir.sync()
-                datadir.forget_replaced(note)
+                with self._names.held(note.name):
+                    if datadir.has_note(note):  # not of a rename that was just under way
+                        self._finish_replacement(datadir, note)
+
+    def _finish_replacement(self, datadir: Datadir, note: Replaced) -> None:
+        with contextlib.suppress(ImageNotFound):
+            renamed = note.name and any(d.has_any(note.name) for d in self.datadirs if d.path == note.by)
+            if renamed and datadir.status(note.name).st_ino == note.ino:
+                log.warning("the replacement of image %r was cut short; it is completed", note.name)
+                datadir.unlink(note.name)
+                datadir.sync()
+        datadir.forget_replaced(note)
+
+
+def _entries(datadir: Datadir) -> Iterator[Entry]:
+    """The images of a datadir, none more once it turns out to be lost."""
+    try:
+        yield from datadir.entries()
+    except OSError as error:
+        if not datadir.is_lost(error):
+            raise
 
 
 def _sync_if_possible(datadir: Datadir) -> None:
@@ -530,10 +673,14 @@ def _create_file(datadir: Datadir, name: str, mode: int, owner: Owner) -> tuple[
         group_given = owner.by_default and status.st_gid != os.getegid()
         give(fd, status, mode, Owner(owner.uid) if group_given else owner)
     except BaseException:
-        os.close(fd)
-        datadir.unlink(name)
+        _unmake_file(datadir, name, fd)
         raise
     return fd, status
+
+
+def _unmake_file(datadir: Datadir, name: str, fd: int) -> None:
+    os.close(fd)
+    datadir.unlink(name)
 
 
 def _settle(transit: Transit, old: Datadir, old_ino: int) -> None:

@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 PAUSE_SECONDS = 15.0
 REST_SECONDS = 2.0
+END_SECONDS = 0.5
 _SHARE_OF_TIME = 0.05
 _IOPRIO_WHO_PROCESS, _IOPRIO_CLASS_IDLE, _IOPRIO_CLASS_SHIFT = 1, 3, 13  # include/uapi/linux/ioprio.h
 _SYS_IOPRIO_SET = {"x86_64": 251, "aarch64": 30, "riscv64": 30, "ppc64le": 273, "s390x": 282}
@@ -37,10 +38,11 @@ class Resealer:
         self._thread = threading.Thread(target=self._run, name="imgfs-reseal", daemon=True)
         self._thread.start()
 
-    def close(self) -> None:
-        """End the thread; a seal that is under way must have been given up by the sealer."""
+    def close(self, give_up: Callable[[], bool]) -> None:
+        """End the thread, or do without it once `give_up()` is true; the sealer must have given its seal up."""
         self._closing.set()
-        self._thread.join()
+        while self._thread.is_alive() and not give_up():
+            self._thread.join(END_SECONDS)
 
     def _run(self) -> None:
         _idle_io_priority()

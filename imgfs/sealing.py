@@ -6,28 +6,31 @@ by a second reading otherwise. The record is written last, and only if the file 
 An empty image rests for a moment first: most are removed or filled at once (touch(1), lock files, tests of whether
 a directory can be written), and a seal would cost far more than they do. Whoever asks for its digests ends its rest.
 
+A seal that its datadir cuts short by going offline waits without a thread, and is begun again when it is back.
+
 Threading: `seal`, `hurry` and `forget` may be called from any thread and do not wait. At most one seal of an image
-is under way. `_resting_lock` guards the images that rest.
+is under way. `_resting_lock` guards the images that rest, and those that wait for their datadir.
 """
 
 import contextlib
+import functools
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from imgfs.datadir import FULL_ERRNOS, Datadir
-from imgfs.errors import ImageChanging, Interrupted, SealingFailed
+from imgfs.errors import DatadirOffline, ImageChanging, Interrupted, SealingFailed
 from imgfs.hashing import Digests, DigestStream, HashPool, digest_file
 from imgfs.image import Image
 from imgfs.record import Expectations, Record, State
+from imgfs.workers import Workers
 
 log = logging.getLogger(__name__)
 
-FINISHERS = 8
+FINISHERS = 8  # for each datadir, as are the readers
 READERS = 2
 ATTEMPTS = 3
 REST_SECONDS = 0.1
@@ -59,10 +62,10 @@ class Sealer:
         self._rules = rules
         self._sealed = sealed
         self._closing_since: float | None = None
-        # Two pools, so that an image that needs only its record never waits for one that must be read.
-        self._finishers = ThreadPoolExecutor(FINISHERS, "imgfs-seal")
-        self._readers = ThreadPoolExecutor(READERS, "imgfs-seal-read")
+        self._finishers: dict[Datadir, Workers] = {}
+        self._readers: dict[Datadir, Workers] = {}
         self._resting: dict[Image, None] = {}
+        self._stranded: dict[Image, None] = {}
         self._resting_lock = threading.Lock()
         self._closing = threading.Event()
         self._somebody_rests = threading.Event()
@@ -71,7 +74,7 @@ class Sealer:
 
     def seal(self, image: Image) -> None:
         """Have an image sealed on which `begin_sealing` was True; the caller's reference goes to the sealer."""
-        if not image.may_rest():
+        if not _may_rest(image):
             self._start(image)
             return
         with self._resting_lock:
@@ -114,7 +117,7 @@ class Sealer:
         for image in list(self._resting):
             by_datadir.setdefault(image.datadir, []).append(image)
         for images in by_datadir.values():
-            self._finishers.submit(self._seal_in_turn, images)
+            self._workers(images[0].datadir, quick=True).submit(self._seal_in_turn, images)
 
     def _seal_in_turn(self, images: list[Image]) -> None:
         for image in images:
@@ -122,17 +125,44 @@ class Sealer:
                 self.seal_here(image)
 
     def _start(self, image: Image) -> None:
-        stream, changes = image.take_stream()
+        try:
+            stream, changes = image.take_stream()
+        except DatadirOffline:
+            self._strand(image)
+            return
         quick = stream is not None and not stream.broken
         try:
-            (self._finishers if quick else self._readers).submit(self._run, image, stream, changes)
+            self._workers(image.datadir, quick).submit(self._run, image, stream, changes)
         except RuntimeError:  # closing: the image stays visibly stale
-            image.end_sealing(for_good=True)
-            self._sealed(image)
+            self._give_up(image)
+
+    def _workers(self, datadir: Datadir, quick: bool) -> Workers:
+        """Of each datadir its own, so that none waits for another's; and an image that needs only its record never
+        waits for one that must be read."""
+        pool, most, name = (
+            (self._finishers, FINISHERS, "imgfs-seal") if quick else (self._readers, READERS, "imgfs-seal-read")
+        )
+        return pool.get(datadir) or pool.setdefault(datadir, Workers(most, name))
 
     def seal_here(self, image: Image) -> None:
         """The same in the calling thread, so done when this returns."""
-        self._run(image, *image.take_stream())
+        try:
+            stream, changes = image.take_stream()
+        except DatadirOffline:
+            self._strand(image)
+        else:
+            self._run(image, stream, changes)
+
+    def replace(self, lost: Collection[int]) -> None:
+        """Go on without threads that are stuck in a datadir."""
+        for workers in [*self._finishers.values(), *self._readers.values()]:
+            workers.replace(lost)
+
+    def resume(self, datadir: Datadir) -> None:
+        """A datadir is back: begin the seals again that wait for it."""
+        for image in list(self._stranded):
+            if image.datadir is datadir and self._end_wait(image):
+                self._start(image)
 
     def close(self) -> None:
         """Finish the seals that need no reading, give up the others (they stay stale)."""
@@ -140,19 +170,47 @@ class Sealer:
         self._somebody_rests.set()
         self._clock.join()
         self._closing_since = time.monotonic()
-        self._readers.shutdown(wait=True, cancel_futures=False)
-        self._finishers.shutdown(wait=True, cancel_futures=False)
+        for datadir, workers in [*self._readers.items(), *self._finishers.items()]:
+            workers.close(give_up=functools.partial(_is_offline, datadir))
+        for image in list(self._stranded):
+            if self._end_wait(image):
+                log.warning("image %r in %s stays stale: its datadir is offline", image.name, image.datadir.path)
+                self._give_up(image)
+
+    def _give_up(self, image: Image) -> None:
+        image.end_sealing(for_good=True)
+        self._sealed(image)
+
+    def _strand(self, image: Image) -> None:
+        """Wait, without a thread, until the datadir is back."""
+        with self._resting_lock:
+            self._stranded[image] = None
+        if image.datadir.offline is None:  # it came back before the image was entered
+            self.resume(image.datadir)
+
+    def _end_wait(self, image: Image) -> bool:
+        with self._resting_lock:
+            return self._stranded.pop(image, self) is None
 
     def _run(self, image: Image, stream: DigestStream | None, changes: int) -> None:
-        self._try(image, stream, changes)
-        while not image.end_sealing(for_good=self._closing_for(0)):
-            self._try(image, *image.take_stream())
+        try:
+            self._try(image, stream, changes)
+            while not image.end_sealing(for_good=self._closing_for(0)):
+                self._try(image, *image.take_stream())
+        except DatadirOffline as error:
+            if not self._closing.is_set():
+                self._strand(image)
+                return
+            log.warning("image %r stays stale: %s", image.name, error)
+            image.end_sealing(for_good=True)
         self._sealed(image)
 
     def _try(self, image: Image, stream: DigestStream | None, changes: int) -> None:
-        """One seal; what goes wrong is kept with the image."""
+        """One seal; what goes wrong is kept with the image. Raises DatadirOffline."""
         try:
             self._seal(image, stream, changes)
+        except DatadirOffline:
+            raise
         except Interrupted as reason:
             log.debug("sealing of %r given up: %s", image.name, reason)
         except OSError as error:
@@ -190,13 +248,14 @@ class Sealer:
                 return digests
         fd = image.open_for_read()
         # A store through a mapping to a page that is dirty already does not move the mtime; to a clean one it does.
-        os.fsync(fd)
+        image.sync()
         return digest_file(
             fd,
             status.st_size,
             self._pool,
             self._rules.hashing_algo,
             lambda: outdated() or self._closing_for(0),
+            lambda *arguments: image.datadir.ask(os.pread, *arguments),
         )
 
     def _closing_for(self, seconds: float) -> bool:
@@ -206,9 +265,8 @@ class Sealer:
         """Make the bytes durable, then vouch for them; False where they are no longer those hashed."""
         if image.name is None:
             raise Interrupted("the image was removed")
-        fd = image.open_for_read()
         if digests.size:  # an empty image has no bytes that must be there before its record
-            os.fsync(fd)
+            image.sync()
         self._set_permissions(image)
         with image.change_lock:
             if image.changes != changes or (image.unsealed and image.writing):
@@ -234,7 +292,7 @@ class Sealer:
         self._store(image, Record(state, mtime_ns, digests, expectations))
         image.expectations = Expectations()
         # Whoever reads a digest, or that the image failed, can rely on it after a crash, too.
-        os.fsync(image.fd)
+        image.sync()
         if image.is_new:
             image.datadir.sync()
             image.is_new = False
@@ -254,6 +312,17 @@ class Sealer:
                 raise Interrupted("the image was removed") from None
             self._make_room(image)
             image.store_record(new.stamped(image.status().st_mtime_ns))
+
+
+def _may_rest(image: Image) -> bool:
+    try:
+        return image.may_rest()
+    except OSError:  # the seal will say so
+        return False
+
+
+def _is_offline(datadir: Datadir) -> bool:
+    return datadir.offline is not None
 
 
 def _expectations(image: Image) -> Expectations:

@@ -14,10 +14,13 @@ from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
 from imgfs import location as locations
+from imgfs import membership, names
 from imgfs import metadata as labels
-from imgfs import names
+from imgfs.calls import Call
+from imgfs.catalogue import Catalogue
 from imgfs.config import Config, Reseal
-from imgfs.datadir import FULL_ERRNOS, Datadir, give_tags
+from imgfs.copies import Copies
+from imgfs.datadir import FULL_ERRNOS, Datadir
 from imgfs.errors import (
     BadLocation,
     ImageExists,
@@ -33,19 +36,21 @@ from imgfs.errors import (
     WriteDenied,
 )
 from imgfs.hashing import Digests, DigestStream, HashPool, Stop, Verifier, never
+from imgfs.health import Health
 from imgfs.image import Handle, Image
+from imgfs.membership import Returning
 from imgfs.namespace import NOBODY_IN_PARTICULAR, Namespace, Owner
 from imgfs.record import State
 from imgfs.relocation import Relocator
 from imgfs.resealing import Resealer
 from imgfs.sealing import Sealer, SealingRules
+from imgfs.timed import TimedImage
 from imgfs.watching import Watcher, watch
 
 log = logging.getLogger(__name__)
 
 NEW_IMAGE_MODE = 0o640
 LONG_GAP_BYTES = 64 << 20  # takes 0.1 s to hash; a writer does not wait for more, the image is read again
-
 
 T = TypeVar("T")
 ImageChanged = Callable[[str | None, bool], None]
@@ -75,14 +80,19 @@ class ImageStore:
     def __init__(self, config: Config) -> None:
         """Open every datadir. Raises DatadirError where one can't be used."""
         self.config = config
-        self.datadirs = _open_datadirs(config)
+        self.datadirs = membership.open_datadirs(config)
         self._labels = {datadir.path: self._label(datadir) for datadir in self.datadirs}
         self._pool = HashPool()
         rules = SealingRules(config.hashing_algo, config.file_perm)
         self._sealer = Sealer(self._pool, rules, self._sealed, self._make_room_for_record)
         self._changed: ImageChanged = lambda _name, _bytes: None
+        self._stuck: Callable[[list[Call]], None] = lambda _calls: None
         self._watcher: Watcher | None = None
         self._resealer: Resealer | None = None
+        self._health: Health | None = None
+        self._copies: Copies | None = None
+        self._returning: Returning | None = None
+        self._catalogue = Catalogue(self.datadirs)
         try:
             self._namespace = Namespace(
                 self.datadirs,
@@ -90,13 +100,19 @@ class ImageStore:
                 self._sealer.forget,
                 thin=config.thin_provisioning,
                 write_once=config.write_once,
+                image_class=TimedImage if config.timeout_seconds else Image,
+                noted=self._catalogue.note,
             )
         except BaseException:
             self._let_go()
             raise
         self._relocator = Relocator(self._namespace)
+        self._copies = self._namespace.copies
+        self._copies.watch(lambda name: self._changed(name, True))
         if config.reseal is Reseal.BACKGROUND:
             self._resealer = Resealer(self._namespace, self._reseal_here)
+        self._health = Health(self.datadirs, config.timeout_seconds, self._health_changed, self._calls_stuck)
+        self._returning = Returning(self.datadirs, self._returned)
 
     def __enter__(self) -> Self:
         return self
@@ -112,14 +128,38 @@ class ImageStore:
         self._let_go()
 
     def _let_go(self) -> None:
+        if self._returning:
+            self._returning.close()
         if self._watcher:
             self._watcher.close()
         self._sealer.close()
+        if self._health:
+            self._health.close()
         if self._resealer:
-            self._resealer.close()
+            self._resealer.close(lambda: any(datadir.offline is not None for datadir in self.datadirs))
         self._pool.close()
+        if self._copies:
+            self._copies.close()
+        self._catalogue.close()
         for datadir in self.datadirs:
-            datadir.close()
+            if datadir.offline is None:  # what is stuck in one may still use its descriptors
+                datadir.close()
+
+    def on_stuck(self, stuck: Callable[[list[Call]], None]) -> None:
+        """Have `stuck` called with calls that a datadir does not answer, given up or not yet; see Health."""
+        self._stuck = stuck
+
+    def _calls_stuck(self, calls: list[Call]) -> None:
+        threads = {call.thread for call in calls if call.given_up}
+        self._namespace.replace(threads)
+        self._sealer.replace(threads)
+        self._stuck(calls)
+
+    def _health_changed(self, datadir: Datadir) -> None:
+        if datadir.offline is None:
+            self._sealer.resume(datadir)
+            self._namespace.copies.look()
+        self._changed("", False)
 
     def on_change(self, changed: ImageChanged) -> bool:
         """Have `changed` called when an image changes otherwise than by a call: its seal sets mode and times.
@@ -134,8 +174,18 @@ class ImageStore:
         """Have it asked whether the writer that waits for a relocation, in whose thread that is, still wants it."""
         self._relocator.abandoned = abandoned
 
+    def _returned(self, datadir: Datadir) -> None:
+        """Serve a datadir that was absent and is open now."""
+        datadir.come_back()
+        self._namespace.finish_replacements()
+        self._namespace.copies.look()
+        if self._health:
+            self._health.watch(datadir)
+        self._changed(None, True)
+
     def _sealed(self, image: Image) -> None:
         if image.name is not None:
+            self._catalogue.note(image.datadir, image.name)
             self._changed(image.name, False)
         self._namespace.let_go(image)
 
@@ -149,6 +199,8 @@ class ImageStore:
             return
         busy = {image.name for image in self._namespace.live_images() if image.unsealed or image.sealing}
         names_told = told.keys() - busy
+        if names_told and len(self.datadirs) > 1:
+            self._namespace.copies.suspect(names_told)
         for name in names_told:
             self._changed(name, told[name])
         if names_told:
@@ -162,6 +214,10 @@ class ImageStore:
     def online_datadirs(self) -> list[Datadir]:
         """The datadirs that can be asked, highest priority first."""
         return self._namespace.online()
+
+    def answers(self, ask: Callable[[Datadir], T]) -> list[T]:
+        """What each datadir that is online answers; one that turns out to be lost is passed over."""
+        return self._namespace.answers(ask)
 
     def names(self) -> Iterator[str]:
         """The name of every image, once."""
@@ -278,6 +334,11 @@ class ImageStore:
             self._namespace.let_go(image)
         else:
             self._sealer.seal(image)
+
+    def discard(self, handle: Handle) -> None:
+        """Remove a new image through the handle that created it, unless it has bytes by now."""
+        if handle.image.is_new and not handle.status().st_size:
+            self._namespace.discard(handle.image)
 
     def write(self, handle: Handle, data: bytes | memoryview, offset: int) -> int:
         """Write at `offset`; gives the bytes written. An image that finds no room is relocated first.
@@ -523,20 +584,6 @@ def location_of(image: Image) -> str:
     if image.name is None:
         raise NoAttribute("a removed image has no location")
     return locations.to_uri(f"{image.datadir.path}/{image.name}")
-
-
-def _open_datadirs(config: Config) -> list[Datadir]:
-    """All datadirs, highest priority first, or none of them."""
-    datadirs: list[Datadir] = []
-    try:
-        for datadir_config in sorted(config.datadirs, key=lambda d: -d.priority):
-            datadirs.append(Datadir(datadir_config, config.file_perm))
-    except BaseException:
-        for datadir in datadirs:
-            datadir.close()
-        raise
-    give_tags(datadirs)
-    return datadirs
 
 
 def _chunks(data: Readable | Iterable[bytes], size: int) -> Iterator[bytes]:

@@ -27,6 +27,7 @@ LOCAL = frozenset(
 """Filesystems on which nobody but this machine makes changes."""
 BURST_EVENTS = 64
 PAUSE_SECONDS = 0.02
+END_SECONDS = 5.0
 _IDLE_MS = 500
 
 Changed = Callable[[dict[str, bool] | None], None]
@@ -59,10 +60,11 @@ class Watcher:
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread, unless it is stuck where it looks for what changed."""
         self._closing.set()
-        self._thread.join()
-        self._inotify.close()
+        self._thread.join(END_SECONDS)
+        if not self._thread.is_alive():
+            self._inotify.close()
 
     def _run(self) -> None:
         burst, latest = 0, 0.0
@@ -90,6 +92,10 @@ class Watcher:
 def watch(datadirs: Iterable[Datadir], changed: Changed) -> Watcher | None:
     """A watcher, or None, with the reason in the log, where not all direct changes would be seen."""
     datadirs = list(datadirs)
+    absent = [datadir for datadir in datadirs if not datadir.is_open]
+    if absent:
+        log.info("datadir %s is offline: changes there will not be told once it is back", absent[0].path)
+        return None
     remote = [datadir for datadir in datadirs if datadir.filesystem_type() not in LOCAL]
     if remote:
         log.info("datadir %s is on %s: changes there are not told", remote[0].path, remote[0].filesystem_type())

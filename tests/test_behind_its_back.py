@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from imgfs import ImageStore, State
-from imgfs.errors import ImageExists, NotPermitted
+from imgfs.errors import NameDoubled, NotPermitted
 from imgfs.image import Handle
 from tests.clients import crash
 from tests.conftest import WAIT_SECONDS, Mounter, attribute, run, wait_until, write_config
@@ -243,7 +243,7 @@ def test_name_in_more_than_one_datadir_is_not_renamed_over(open_store: OpenStore
     store = open_store(["a:3", "b:2", "c:1"])
     for place, name in (("a", "new"), ("c", "new"), ("b", "old")):
         (tmp_path / place / name).write_bytes(place.encode())
-    with pytest.raises(ImageExists):
+    with pytest.raises(NameDoubled):
         store.rename("old", "new")
     assert (tmp_path / "b/old").read_bytes() == b"b"
     assert (tmp_path / "a/new").read_bytes() == b"a"

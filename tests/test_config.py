@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from imgfs import Config, ConfigError, DatadirConfig, Mode, Reseal, load
-from imgfs import datadir as datadirs
-from imgfs.config import parse_size
+from imgfs import Config, ConfigError, DatadirConfig, Mode, Reseal, load, membership
+from imgfs.config import MissingDatadirs, Probe, parse_size
 
 LABELS = '{"id": "a", "mountpoint": "/"}'
 MESSAGE_BYTES = 1000  # nobody reads a longer line
@@ -20,7 +19,7 @@ def config(tmp_path: Path) -> Callable[..., Config]:
     """Call it with the text of a configuration to have it loaded."""
     (tmp_path / "labels.json").write_text(LABELS)
 
-    def read(text: str, probe: Callable[[DatadirConfig], str | None] | None = None) -> Config:
+    def read(text: str, probe: Probe | None = None) -> Config:
         (tmp_path / "imgfs.yaml").write_text(text)
         return load(tmp_path / "imgfs.yaml", probe)
 
@@ -31,7 +30,7 @@ def config(tmp_path: Path) -> Callable[..., Config]:
 def problems(config: Callable[..., Config], tmp_path: Path) -> Callable[..., list[str]]:
     """Call it with a text that is wrong to get its problems, the directory of the file left out."""
 
-    def refused(text: str, probe: Callable[[DatadirConfig], str | None] | None = None) -> list[str]:
+    def refused(text: str, probe: Probe | None = None) -> list[str]:
         with pytest.raises(ConfigError) as caught:
             config(text, probe)
         assert str(caught.value) == "\n".join(map(str, caught.value.problems))
@@ -60,6 +59,7 @@ def test_every_key_is_read(config: Callable[..., Config], tmp_path: Path) -> Non
         thin_provisioning: true
         write_once: true
         reseal: background
+        missing_datadirs: refuse
         timeout: 7.5
     """)
     assert found == Config(
@@ -75,6 +75,7 @@ def test_every_key_is_read(config: Callable[..., Config], tmp_path: Path) -> Non
         thin_provisioning=True,
         write_once=True,
         reseal=Reseal.BACKGROUND,
+        missing_datadirs=MissingDatadirs.REFUSE,
         timeout_seconds=7.5,
     )
 
@@ -86,6 +87,7 @@ def test_defaults_are_those_of_the_documentation(config: Callable[..., Config], 
     assert (found.hashing_algo, found.chunk_size_bytes) == ("sha512", 65536)
     assert (found.thin_provisioning, found.write_once) == (False, False)
     assert (found.reseal, found.timeout_seconds) == (Reseal.ON_DEMAND, 0)
+    assert found.missing_datadirs is MissingDatadirs.DEGRADE
 
 
 def test_a_configuration_can_not_be_changed(config: Callable[..., Config]) -> None:
@@ -151,7 +153,7 @@ def test_relative_paths_are_relative_to_the_file(
 
 
 def test_loading_creates_nothing(config: Callable[..., Config], tmp_path: Path) -> None:
-    config("datadirs: [a, b]", datadirs.unusable)
+    config("datadirs: [a, b]", membership.unusable)
     assert sorted(os.listdir(tmp_path)) == ["imgfs.yaml", "labels.json"]
 
 
@@ -263,6 +265,10 @@ BAD = {
         ["imgfs.yaml:2: write_once: must be true or false, not 'sure'"],
     ),
     "switch a number": ("datadir: a\nthin_provisioning: 1\n", ["imgfs.yaml:2: thin_provisioning: must be true or "]),
+    "unknown word for missing datadirs": (
+        "datadir: a\nmissing_datadirs: ignore\n",
+        ["imgfs.yaml:2: missing_datadirs: must be refuse or degrade, not 'ignore'"],
+    ),
     "unknown reseal": (
         "datadir: a\nreseal: now\n",
         ["imgfs.yaml:2: reseal: must be on_demand or background, not 'n"],
@@ -339,7 +345,7 @@ def test_reasons_of_the_datadirs_come_with_the_rest(problems: Callable[..., list
     (tmp_path / "dangling").symlink_to("nowhere")
     found = problems(
         "colour: blue\ndatadirs:\n- good\n- file\n- file/below\n- dangling\n- {path: gone, mode: ro}\n",
-        datadirs.unusable,
+        membership.unusable,
     )
     assert found[0].startswith("imgfs.yaml:1: colour: unknown key")
     assert found[1:] == [
@@ -397,7 +403,7 @@ HOSTILE = {
 @pytest.mark.parametrize("case", HOSTILE)
 @pytest.mark.timeout(20)
 def test_hostile_file_is_refused_in_short_lines(problems: Callable[..., list[str]], case: str) -> None:
-    assert problems(HOSTILE[case], datadirs.unusable)
+    assert problems(HOSTILE[case], membership.unusable)
 
 
 @pytest.mark.parametrize("whole", ["65536.0", "6.5536e+4"])

@@ -172,5 +172,6 @@ def test_image_that_appears_in_a_datadir_appears_in_the_mount(mount: Mounter, da
 def test_higher_priority_hides_a_second_image_of_a_name(mount: Mounter, datadirs: list[Path]) -> None:
     content = new_image(datadirs[1] / IDS[0], 10)
     images = mount([f"{datadirs[0]}:1", f"{datadirs[1]}:2"])
+    images.expect_warning("lies in more than one datadir")
     assert sorted(os.listdir(images.path)) == sorted(IDS)
     assert (images / IDS[0]).read_bytes() == content

@@ -19,7 +19,7 @@ def test_offline_datadir_is_passed_over(open_store: OpenStore) -> None:
     high.go_offline("unplugged")
     assert store.add("x", [b"2"]).location.startswith(f"file://{low.path}/")
     assert list(store.names()) == ["x"]
-    with pytest.raises(ImageNotFound):
+    with pytest.raises((ImageNotFound, DatadirOffline)):  # the latter once its sibling's list is read
         store.status("there")
     high.come_back()
     assert sorted(store.names()) == ["there", "x"]
@@ -50,3 +50,19 @@ def test_root_tells_which_datadir_is_offline_and_why(open_store: OpenStore) -> N
     assert '"online": false' in described
     assert '"online": true' in described
     assert "unplugged" in described
+
+
+def test_name_whose_removal_an_offline_datadir_may_forget_is_not_given_out(open_store: OpenStore) -> None:
+    store = open_store()
+    store.add("x", [b"old"])
+    high = store.status("x")[0]
+    store.delete("x")
+    high.go_offline("unplugged")
+    with pytest.raises(DatadirOffline):
+        store.create("x")
+    with pytest.raises(DatadirOffline):
+        store.sync()
+    store.add("y", [b"other"])
+    high.come_back()
+    store.sync()
+    assert store.add("x", [b"new"]).bytes_written == 3

@@ -759,6 +759,9 @@ DIFFERENCES: dict[str, list[Difference]] = {
             "images are created by open(2); libfuse 2 makes one of the other", {0: "EPERM", 1: {}}, ("kernel",)
         )
     ],
+    "write beyond what files can be": [
+        Difference("no datadir can take it, which is told as a full disk", {3: "ENOSPC"})
+    ],
     "open with O_TMPFILE": [Difference("an image has a name", {0: "ENOTSUP"})],
     "rename onto the directory, and itself": [
         Difference("the directory is a mountpoint", {1: "EXDEV", 2: "EXDEV"}),

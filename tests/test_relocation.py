@@ -811,7 +811,7 @@ def test_crash_at_any_step_leaves_one_copy(
     assert len(content) >= 6 * MIB
     assert set(content[3 * MIB :]) == set(b"n")
     assert store.digests("x").checksum == md5(content)
-    assert not [name for place in places for name in os.listdir(place / ".imgfs")]
+    assert not [name for place in places for name in os.listdir(place / ".imgfs") if name.startswith("transit-")]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"7", b'{"name": "78"}', b'{"name": "..", "ino": 1}', b"[" * 100_000])
@@ -821,7 +821,7 @@ def test_damaged_leftovers_keep_no_store_from_opening(open_store: OpenStore, tmp
     (tmp_path / "high/.imgfs/transit-1").write_bytes(b"half an image")
     (tmp_path / "high/.imgfs/transit-2").symlink_to(tmp_path / "elsewhere")
     open_store()
-    assert os.listdir(tmp_path / "high/.imgfs") == []
+    assert os.listdir(tmp_path / "high/.imgfs") == ["marker"]
 
 
 def test_note_spares_another_file_of_that_name(open_store: OpenStore, tmp_path: Path) -> None:

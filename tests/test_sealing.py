@@ -16,6 +16,7 @@ from imgfs import Handle, ImageStore, State, hashing, record, sealing
 from imgfs.errors import Interrupted, NotPermitted
 from imgfs.image import Image
 from imgfs.times import UTIME_NOW, UTIME_OMIT
+from imgfs.workers import Workers
 from imgfs.xattrs import NativeXattrs
 from tests.conftest import run, wait_until
 
@@ -422,13 +423,13 @@ def test_closing_finishes_seals_that_need_no_reading(open_store: OpenStore) -> N
 def closing_begun(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Set once a store waits for its seals to end."""
     begun = threading.Event()
-    shutdown = ThreadPoolExecutor.shutdown
+    close = Workers.close
 
-    def watched(pool: ThreadPoolExecutor, **how: bool) -> None:
+    def watched(workers: Workers, **how: Callable[[], bool]) -> None:
         begun.set()
-        shutdown(pool, **how)
+        close(workers, **how)
 
-    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", watched)
+    monkeypatch.setattr(Workers, "close", watched)
     return begun
 
 

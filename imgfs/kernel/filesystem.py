@@ -265,6 +265,27 @@ class Filesystem:
     def copy_file_range_64(self, header: Header, request: requests.CopyFileRangeIn) -> Payload:
         return abi.fuse_copy_file_range_out.pack(self._copy(header, request, request.len))
 
+    def undo(self, header: Header, body: Payload) -> None:
+        """Take back what a request gave the kernel that will never hear of it: lookups, handles, a new image."""
+        body = bytes(body)
+        if header.opcode == abi.FUSE_LOOKUP:
+            self._nodes.forget([(replies.nodeid_of_entry(body), 1)])
+        elif header.opcode == abi.FUSE_READDIRPLUS:
+            self._nodes.forget((nodeid, 1) for nodeid in replies.nodeids_of_listing(body))
+        elif header.opcode == abi.FUSE_OPEN:
+            self._take_back(replies.fh_of_open(body))
+        elif header.opcode == abi.FUSE_CREATE:
+            self._nodes.forget([(replies.nodeid_of_entry(body), 1)])
+            fh = replies.fh_of_open(body[abi.fuse_entry_out.size :])
+            self._call("discard", fh)
+            self._take_back(fh)
+
+    def _take_back(self, fh: int) -> None:
+        try:
+            self._call("release", None, fh)
+        finally:
+            self._handles.remove(fh)
+
     # Extended attributes
 
     def getxattr(self, header: Header, request: requests.GetxattrIn) -> Payload:

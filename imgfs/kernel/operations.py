@@ -14,6 +14,18 @@ class Operations(Protocol):
     def __call__(self, operation: str, /, *args: Any) -> Any: ...
 
 
+class StuckCall(Protocol):
+    """A system call that does not come back; as long as it is under way, its thread does nothing else."""
+
+    @property
+    def thread(self) -> int: ...
+
+    @property
+    def given_up(self) -> bool: ...
+
+    def is_under_way(self) -> bool: ...
+
+
 class Caller(NamedTuple):
     """Who asks; all 0 where the kernel does, and for a process outside this PID namespace `pid` is 0."""
 

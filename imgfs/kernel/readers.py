@@ -94,6 +94,18 @@ class Readers:
     def __len__(self) -> int:
         return len(self._threads)
 
+    def lose(self, ident: int) -> None:
+        """A thread is stuck: it counts no more, neither among those there may be nor among those that must end.
+
+        Should it come back, it ends.
+        """
+        with self._changed:
+            lost = {thread for thread in self._threads if thread.ident == ident}
+            self._threads -= lost
+            self._changed.notify_all()
+        if lost and self._holder is None and not self._waiting and not self._ended.is_set():
+            self._grow()
+
     def run(self, ready: Callable[[], None], on_end: Callable[[], None], end_wait_s: float) -> None:
         """Serve until the connection ends; call `on_end`, and give answers under way `end_wait_s` to finish."""
         watchdog = threading.Thread(target=self._watch, name="fuse-watchdog", daemon=True)
@@ -119,6 +131,8 @@ class Readers:
         try:
             while self._take_place(device):
                 self._read(device)
+                if threading.current_thread() not in self._threads:
+                    break
                 if len(self._waiting) >= MAX_WAITING and device is not self._device:
                     break
         finally:

@@ -5,7 +5,7 @@ return (`st_mode`, `st_size` ...), times as integers in nanoseconds.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from imgfs.kernel import abi
@@ -138,6 +138,26 @@ def bare_direntplus(ino: int, offset: int, mode: int, name: bytes) -> bytes:
 
 def direntplus_size(name: bytes) -> int:
     return (abi.fuse_direntplus.size + len(name) + 7) & ~7
+
+
+def nodeid_of_entry(body: bytes) -> int:
+    """What a reply of `entry_out` gave out; 0 for a negative one."""
+    return int.from_bytes(body[:8], "little")
+
+
+def fh_of_open(body: bytes) -> int:
+    """What a reply of `open_out` gave out."""
+    return int.from_bytes(body[:8], "little")
+
+
+def nodeids_of_listing(body: bytes) -> Iterator[int]:
+    """What a reply made of `direntplus` gave out, entries without a lookup left out."""
+    at = 0
+    while at < len(body):
+        fields = abi.fuse_direntplus.unpack_from(body, at)
+        if fields[0]:
+            yield fields[0]
+        at += (abi.fuse_direntplus.size + fields[-2] + 7) & ~7
 
 
 def inval_inode(nodeid: int, offset: int, length: int) -> bytes:

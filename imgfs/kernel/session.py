@@ -8,7 +8,8 @@ exactly one reply. What a request means is filesystem.py's. `mount` and `run` be
 import errno
 import logging
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from imgfs.kernel.negotiation import Agreed, UnsupportedProtocol, Wants
 from imgfs.kernel.nodes import ROOT_PATH, Nodes
 from imgfs.kernel.notifier import Notifier
 from imgfs.kernel.opcodes import OPCODES, SILENT
-from imgfs.kernel.operations import Operations
+from imgfs.kernel.operations import Operations, StuckCall
 from imgfs.kernel.readers import Readers
 from imgfs.kernel.replies import Timeouts
 from imgfs.kernel.requests import Header, MalformedRequest
@@ -33,6 +34,23 @@ log = logging.getLogger(__name__)
 
 END_WAIT_S = 10.0
 _CAP_SYS_ADMIN = 21
+# Requests that change nothing, or nothing that can't be taken back.
+_ASKS = frozenset(
+    {
+        abi.FUSE_LOOKUP,
+        abi.FUSE_GETATTR,
+        abi.FUSE_STATX,
+        abi.FUSE_STATFS,
+        abi.FUSE_ACCESS,
+        abi.FUSE_GETXATTR,
+        abi.FUSE_LISTXATTR,
+        abi.FUSE_READDIR,
+        abi.FUSE_READDIRPLUS,
+        abi.FUSE_OPEN,
+        abi.FUSE_READ,
+        abi.FUSE_LSEEK,
+    }
+)
 _NEVER_ON_THIS_MOUNT = frozenset({errno.EPERM, errno.ENOTTY, errno.EOPNOTSUPP, errno.ENOSYS})
 
 
@@ -81,6 +99,7 @@ class KernelSession:
         )
         self._routes = self._make_routes()
         self._connection: int | None = None
+        self._connected = True
         self._cut_off = False
         self._tells_requests = log.isEnabledFor(logging.DEBUG)
 
@@ -180,6 +199,8 @@ class KernelSession:
     def _finish(self) -> None:
         if len(self._readers):
             log.warning("%d requests were still being worked on when the mount went", len(self._readers))
+        self._connected = False
+        self._context.drop_all()
         self._notifier.close()
         self._filesystem.destroy(self._cut_off)
         for failure in self._filesystem.release_all():
@@ -198,7 +219,23 @@ class KernelSession:
 
     # One request, one reply
 
-    def _answer(self, device: Device, data: bytes) -> None:
+    def give_up(self, calls: Iterable[StuckCall]) -> None:
+        """These calls do not come back: do without their threads, and answer in place of those that are given up.
+
+        What only asks is asked again by another thread, as it may concern something else than what is stuck.
+        """
+        for call in calls:
+            self._readers.lose(call.thread)
+            taken = self._context.take_over(call) if call.given_up else None
+            if taken is None:
+                continue
+            if taken.header.opcode in _ASKS and not taken.again:
+                arguments = (taken.device, taken.data, True)
+                threading.Thread(target=self._answer, args=arguments, name="fuse-again", daemon=True).start()
+            else:
+                self._reply(taken.device, taken.header, b"", errno.EIO)
+
+    def _answer(self, device: Device, data: bytes, again: bool = False) -> None:
         try:
             header = requests.parse_header(data)
         except MalformedRequest as error:
@@ -213,15 +250,25 @@ class KernelSession:
             return
         if self._tells_requests:
             log.debug("request %d: %s of inode %d", header.unique, OPCODES[header.opcode].name, header.nodeid)
-        work = self._context.begin(header)
+        work = self._context.begin(header, device, data, again)
         try:
             body, code = route.handle(header, route.parse(data)), 0
         except Exception as error:  # noqa: BLE001 - whatever happens, the request gets its reply
             body, code = b"", _errno_of(error, header)
-        finally:
-            self._context.end(work)
-        if not route.replies:
-            return
+        if not self._context.end(work):
+            self._undo(header, body, code)
+        elif route.replies:
+            self._reply(device, header, body, code)
+
+    def _undo(self, header: Header, body: Payload, code: int) -> None:
+        """The request was answered in place of this thread: the kernel does not know what was done."""
+        if not code and self._connected:
+            try:
+                self._filesystem.undo(header, body)
+            except Exception:
+                log.exception("%s came too late, and can't be undone", OPCODES[header.opcode].name)
+
+    def _reply(self, device: Device, header: Header, body: Payload, code: int) -> None:
         try:
             if code:
                 device.refuse(header.unique, code)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from imgfs import ImageStore, load, mounts
+from imgfs import ImageStore, catalogue, load, mounts
 from imgfs.names import OWN_DIRECTORY
 from tests.conftest import IMGFS, run, wait_until, write_config
 from tests.crash.disks import PowerCuts, attached, make_disk, recording
@@ -33,7 +33,7 @@ SEED = os.environ.get("IMGFS_CRASH_SEED") or str(random.SystemRandom().getrandbi
 LEAST_PROMISES = 10
 SMALL = {"ext4": 16, "xfs": 300}  # MiB; xfs has no smaller ones
 LARGE = {"ext4": 64, "xfs": 320}
-OWN_FILES = {"xattrs"}
+OWN_FILES = {"xattrs", "marker"}
 """What may be in `DATADIR/.imgfs/` while nothing is under way."""
 
 
@@ -102,7 +102,8 @@ class Machine:
             yield f"{name} is in both datadirs"
         for datadir in self.datadirs:
             for name in set(os.listdir(datadir / OWN_DIRECTORY)) - OWN_FILES:
-                yield f"{name} is left in {datadir / OWN_DIRECTORY}"
+                if not name.startswith(catalogue.PREFIX):
+                    yield f"{name} is left in {datadir / OWN_DIRECTORY}"
 
 
 def _found(store: ImageStore, name: str) -> Found:
