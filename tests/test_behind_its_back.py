@@ -306,6 +306,7 @@ def test_a_daemon_killed_while_names_change_everywhere_is_gone_at_once(mount: Mo
     """A thread that waits for a lock of the kernel can't be killed; the daemon must never be in such a place."""
     mounted = mount()
     for _ in range(KILLS):
+        mounted.expect_warning("more than one datadir|copies|no longer")
         clients = [subprocess.Popen([sys.executable, "-c", RESTLESS, str(mounted.path)]) for _ in range(3)]
         try:
             until = time.monotonic() + random.uniform(0.2, 0.6)
@@ -319,3 +320,4 @@ def test_a_daemon_killed_while_names_change_everywhere_is_gone_at_once(mount: Mo
                 client.kill()
                 client.wait(WAIT_SECONDS)
         mounted = mount.mount(mounted.config, mounted.path)
+    mounted.expect_warning("more than one datadir|copies|no longer")

@@ -26,7 +26,7 @@ SECONDS = float(os.environ.get("IMGFS_STRESS_SECONDS", "12"))
 SEED = os.environ.get("IMGFS_STRESS_SEED") or str(random.SystemRandom().getrandbits(32))
 MORE_MEMORY_KIB = 48 << 10
 MORE_THREADS = 16  # pools grow to what they may have as it is needed
-LEAST_STEPS = 3
+LEAST_STEPS = 1
 DISK_SLACK_BYTES = 1 << 20  # journals and directories keep what they have grown to
 
 
