@@ -155,7 +155,8 @@ class Run:
     def _report(self, done: int, planned: list[Turn]) -> None:
         turn = planned[done - 1]
         left = [self._cost.get(each.workload.name) for each in planned[done:]]
-        estimate = f", about {_minutes(sum(cost or 0 for cost in left))} left" if None not in left else ""
+        at_most = max(self._deadline - time.monotonic(), 0)
+        estimate = f", about {_minutes(min(sum(c or 0 for c in left), at_most))} left" if None not in left else ""
         gone = _minutes(time.monotonic() - self._started)
         self._say(f"{done}/{len(planned)} {turn.workload.name}, round {turn.number + 1} ({gone} gone{estimate})")
 

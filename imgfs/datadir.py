@@ -208,6 +208,8 @@ class Datadir:
 
     # --- calls, which a datadir with a timeout watches (timed.py) ---
 
+    is_watched = False
+
     def ask(self, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
         """Make a call that asks something. Raises DatadirOffline where it is refused, or answered too late."""
         return call(*args, **options)

@@ -14,7 +14,8 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from imgfs import sparse
 from imgfs.datadir import FULL_ERRNOS, Datadir
@@ -123,23 +124,27 @@ class Relocator:
     def _fill(self, image: Image, transit: Transit, promise: Promise, end: int) -> None:
         """Make the file in transit equal to the image, on stable storage."""
         fd, before = transit.fd, image.status()
+        finish: Callable[..., Any] = transit.datadir.finish
         mode, owner = stat.S_IMODE(before.st_mode), Owner(before.st_uid, before.st_gid)
-        give(fd, os.fstat(fd), mode, owner)  # now, so that it counts against their quota
-        os.ftruncate(fd, max(end, before.st_size))  # some filesystems can't take a file so long
+        finish(_give, fd, mode, owner)  # now, so that it counts against their quota
+        finish(os.ftruncate, fd, max(end, before.st_size))  # some filesystems can't take a file so long
         _copy_xattrs(image, transit)
 
         def progress(copied: int) -> None:
             synced = promise.used // SYNC_BYTES
             promise.used += copied
             if promise.used // SYNC_BYTES != synced:
-                os.fdatasync(fd)  # so that caches are not filled with it, and a disk that is full says so soon
+                finish(
+                    os.fdatasync, fd
+                )  # so that caches are not filled with it, and a disk that is full says so soon
             self._require_wanted(image)
 
-        sparse.copy(image.fd, fd, progress)
-        os.ftruncate(fd, before.st_size)
-        give(fd, os.fstat(fd), mode, owner)  # writing may have taken set-id bits away
-        set_times(proc_path(fd), (before.st_atime_ns, before.st_mtime_ns))
-        os.fsync(fd)
+        watched = (image.datadir.finish, finish) if transit.datadir.is_watched else ()
+        sparse.copy(image.fd, fd, progress, *watched)
+        finish(os.ftruncate, fd, before.st_size)
+        finish(_give, fd, mode, owner)  # writing may have taken set-id bits away
+        finish(set_times, proc_path(fd), (before.st_atime_ns, before.st_mtime_ns))
+        finish(os.fsync, fd)
         after = image.status()
         if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
             raise ImageChanging("its file was changed directly meanwhile")
@@ -166,6 +171,10 @@ class Relocator:
             with self._lock:
                 self._under_way -= 1
                 self._lock.notify_all()
+
+
+def _give(fd: int, mode: int, owner: Owner) -> None:
+    give(fd, os.fstat(fd), mode, owner)
 
 
 def _copy_xattrs(image: Image, transit: Transit) -> None:

@@ -6,6 +6,7 @@ No names here, only descriptors. Threading: nothing is shared; the offset of a d
 import errno
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 STEP_BYTES = 16 << 20  # copied by the kernel in one call; after each, it is asked whether to go on
 BUFFER_BYTES = 4 << 20
@@ -15,6 +16,12 @@ _NOT_BY_KERNEL = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNO
 
 Progress = Callable[[int], None]
 """Told how many bytes more were copied; raises to end the copying."""
+Calling = Callable[..., Any]
+"""Calls its first argument with the others; whoever watches how long calls on one of the files take does it so."""
+
+
+def _call(call: Callable[..., Any], *arguments: object) -> Any:
+    return call(*arguments)
 
 
 def data_spans(fd: int, size: int) -> Iterator[tuple[int, int]]:
@@ -41,18 +48,26 @@ def data_bytes(fd: int, but_offset: int = 0, but_length: int = 0) -> int:
     return min(counted, status.st_blocks * 512) if _hides_holes(spans, status) else counted
 
 
-def copy(source_fd: int, target_fd: int, progress: Progress) -> None:
-    """Copy the data of a file to an empty one, holes left out; the target may still lack a hole at the end."""
+def copy(
+    source_fd: int, target_fd: int, progress: Progress, reading: Calling = _call, writing: Calling = _call
+) -> None:
+    """Copy the data of a file to an empty one, holes left out; the target may still lack a hole at the end.
+
+    Where reads or writes are watched they are made one by one, so that it shows which of the files does not answer.
+    """
     status = os.fstat(source_fd)
     spans = list(data_spans(source_fd, status.st_size))
-    by_reading = find_holes = _hides_holes(spans, status)
+    find_holes = _hides_holes(spans, status)
+    in_kernel = not find_holes and reading is writing
     for start, end in spans:
         at = start
         while at < end:
-            copied = 0 if by_reading else _copy_in_kernel(source_fd, target_fd, at, min(end - at, STEP_BYTES))
+            copied = _copy_in_kernel(source_fd, target_fd, at, min(end - at, STEP_BYTES)) if in_kernel else 0
             if not copied:
-                by_reading = True
-                copied = _copy_by_reading(source_fd, target_fd, at, min(end - at, BUFFER_BYTES), find_holes)
+                in_kernel = False
+                data = memoryview(reading(_read, source_fd, min(end - at, BUFFER_BYTES), at))
+                writing(_write_all, target_fd, data, at, find_holes)
+                copied = len(data)
             progress(copied)
             at += copied
 
@@ -74,23 +89,19 @@ def _copy_in_kernel(source_fd: int, target_fd: int, offset: int, length: int) ->
         raise
 
 
-def _copy_by_reading(source_fd: int, target_fd: int, offset: int, length: int, find_holes: bool) -> int:
-    """Copy what one read gives; with `find_holes`, its blocks of zeros become holes.
-
-    Raises OSError where the file has become shorter.
-    """
-    data = memoryview(os.pread(source_fd, length, offset))
+def _read(fd: int, length: int, offset: int) -> bytes:
+    """What one read gives. Raises OSError where the file has become shorter."""
+    data = os.pread(fd, length, offset)
     if not data:
         raise OSError(errno.EIO, "the file became shorter while it was copied")
-    step = _BLOCK_BYTES if find_holes else len(data)
-    for at in range(0, len(data), step):
-        block = data[at : at + step]
-        if not find_holes or not _ZEROS.startswith(block):
-            _write_all(target_fd, block, offset + at)
-    return len(data)
+    return data
 
 
-def _write_all(fd: int, data: memoryview, offset: int) -> None:
+def _write_all(fd: int, data: memoryview, offset: int, find_holes: bool) -> None:
+    """Write data; with `find_holes`, its blocks of zeros are left out."""
+    end = offset + len(data)
     while data:
-        written = os.pwrite(fd, data, offset)
-        data, offset = data[written:], offset + written
+        block = data[:_BLOCK_BYTES] if find_holes else data
+        hole = find_holes and _ZEROS.startswith(block)
+        data = data[len(block) if hole else os.pwrite(fd, block, offset) :]
+        offset = end - len(data)

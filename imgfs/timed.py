@@ -43,6 +43,8 @@ def _finished(method: Callable[Concatenate[Datadir, P], T]) -> Callable[Concaten
 class TimedDatadir(Datadir):
     """A datadir whose calls are watched."""
 
+    is_watched = True
+
     def __init__(self, *args: Any, **options: Any) -> None:
         self.calls = Calls()
         super().__init__(*args, **options)

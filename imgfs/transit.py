@@ -57,7 +57,7 @@ class Transit:
     def __init__(self, datadir: Datadir) -> None:
         self.datadir = datadir
         self._token = _PREFIX + secrets.token_hex(8)
-        self.fd = datadir.create_own(self._token)
+        self.fd = datadir.finish(datadir.create_own, self._token)
         self.ino = os.fstat(self.fd).st_ino
         try:
             datadir.xattrs.forget(self.ino)  # of an earlier inode of this number
@@ -67,10 +67,13 @@ class Transit:
 
     def announce(self, name: str, old: Datadir, old_ino: int) -> None:
         """Put on stable storage which file this one is to replace."""
+        self.datadir.finish(self._write_note, Arrival(name, self.ino, old.path, old_ino))
+
+    def _write_note(self, arrival: Arrival) -> None:
         fd = self.datadir.create_own(self._token + _NOTE)
         try:
             with open(fd, "wb") as file:
-                file.write(Arrival(name, self.ino, old.path, old_ino).encode())
+                file.write(arrival.encode())
                 file.flush()
                 os.fsync(fd)
             os.fsync(self.datadir.own_fd)
@@ -80,6 +83,10 @@ class Transit:
 
     def arrive(self, name: str) -> None:
         """Take the name, which must be free here, on stable storage. Raises FileExistsError."""
+        self.datadir.finish(self._rename, name)
+        self.datadir.sync()
+
+    def _rename(self, name: str) -> None:
         own_fd, datadir_fd = self.datadir.own_fd, self.datadir.fd
         try:
             linux.rename_new(own_fd, self._token, datadir_fd, name)
@@ -89,7 +96,6 @@ class Transit:
             if self.datadir.has_any(name):
                 raise FileExistsError(f"{name!r} is taken in {self.datadir.path}") from None
             os.rename(self._token, name, src_dir_fd=own_fd, dst_dir_fd=datadir_fd)
-        self.datadir.sync()
 
     def withdraw(self, name: str) -> None:
         """Give the name up again, and with it the file."""
@@ -98,13 +104,13 @@ class Transit:
 
     def forget_note(self) -> None:
         """Take the note away: the other file is gone, or this one does not replace it after all."""
-        os.unlink(self._token + _NOTE, dir_fd=self.datadir.own_fd)
+        self.datadir.finish(os.unlink, self._token + _NOTE, dir_fd=self.datadir.own_fd)
 
     def close(self) -> None:
         """Give up the descriptor; a file that has not arrived is removed."""
-        os.close(self.fd)
+        self.datadir.finish(os.close, self.fd)
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._token, dir_fd=self.datadir.own_fd)
+            self.datadir.finish(os.unlink, self._token, dir_fd=self.datadir.own_fd)
             self.datadir.xattrs.forget(self.ino)
 
 

@@ -9,6 +9,8 @@ of many changes of imgfs's own would cost more than they do.
 """
 
 import logging
+import os
+import select
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -28,7 +30,6 @@ LOCAL = frozenset(
 BURST_EVENTS = 64
 PAUSE_SECONDS = 0.02
 END_SECONDS = 5.0
-_IDLE_MS = 500
 
 Changed = Callable[[dict[str, bool] | None], None]
 """Told names, each with whether its bytes may have changed; None: anything may have."""
@@ -56,20 +57,27 @@ class Watcher:
         for datadir in datadirs:
             self._inotify.add_watch(proc_path(datadir.fd), mask)
         self._closing = threading.Event()
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC)
+        self._poll = select.poll()
+        for fd in (self._inotify.fileno(), self._wake_fd):
+            self._poll.register(fd, select.POLLIN)
         self._thread = threading.Thread(target=self._run, name="imgfs-watch", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """End the thread, unless it is stuck where it looks for what changed."""
         self._closing.set()
+        os.eventfd_write(self._wake_fd, 1)
         self._thread.join(END_SECONDS)
         if not self._thread.is_alive():
             self._inotify.close()
+            os.close(self._wake_fd)
 
     def _run(self) -> None:
         burst, latest = 0, 0.0
         while not self._closing.is_set():
-            events = list(self._inotify.read(timeout=_IDLE_MS))
+            self._poll.poll()
+            events = list(self._inotify.read(timeout=0))
             if not events:
                 continue
             self._tell(events)

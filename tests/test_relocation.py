@@ -497,10 +497,10 @@ class Held:
         self.begun, self.go_on = threading.Event(), threading.Event()
         copy = relocation.sparse.copy
 
-        def held(source: int, target: int, progress: Callable[[int], None]) -> None:
+        def held(*arguments: object) -> None:
             self.begun.set()
             assert self.go_on.wait(60)
-            copy(source, target, progress)
+            copy(*arguments)
 
         monkeypatch.setattr(relocation.sparse, "copy", held)
 
@@ -857,3 +857,30 @@ def test_killed_daemon_leaves_one_copy(filesystem: Filesystem, mount: Mounter) -
     assert attribute(again / "x", "state") == "stale"
     assert_sealed(again / "kept", md5(kept))
     assert_sealed(again / "x")
+
+
+def test_target_that_hangs_holds_up_nobody_else(faulty: FaultyMaker, filesystem: Filesystem, mount: Mounter) -> None:
+    hung = faulty()
+    places = [f"{filesystem('tmpfs', 16)}:200", f"{hung.path}:100", f"{filesystem('tmpfs', 8)}:50"]
+    images = mount(places, timeout=1)
+    images.expect_warning("faulty0 is offline|faulty0 is online|never came back|is removed: .* was full|still being")
+    content = new_image(images / "other", MIB)
+    hung.fault("hang", "write", name="transit-*")
+    failures: list[OSError] = []
+
+    def write() -> None:
+        try:
+            (images / "x").write_bytes(os.urandom(24 * MIB))
+        except OSError as error:
+            failures.append(error)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    wait_until(hung.hanging, "the relocation")
+    assert_sealed(images / "other", md5(content))
+    wait_until(lambda: "faulty0 is offline" in images.log.read_text(), "the verdict")
+    assert attribute(images.path, "datadirs").count('"online": true') == 2
+    assert_sealed(images / "new", md5(new_image(images / "new", 1000)))
+    hung.heal()
+    writer.join(60)
+    assert {error.errno for error in failures} <= {errno.EIO, errno.ENOSPC}  # by then it may be passed over
