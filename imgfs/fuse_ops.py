@@ -25,7 +25,7 @@ from typing import Any
 from imgfs.attributes import ImageAttributes, RootAttributes
 from imgfs.calls import Call
 from imgfs.datadir import Datadir
-from imgfs.errors import NotPermitted
+from imgfs.errors import ImageNotFound, NotPermitted
 from imgfs.hashing import never
 from imgfs.image import Handle, Image, Key
 from imgfs.linux import RENAME_EXCHANGE, RENAME_NOREPLACE, birth_time_ns
@@ -147,14 +147,29 @@ class ImageOperations:
     @contextlib.contextmanager
     def _image(self, path: str | None, fh: int | None = None) -> Iterator[Image]:
         """The image of a handle, where there is one, of a path, or of a hidden path."""
-        number = fh if path is None or fh is not None else self._aliases.get(path)
-        if number is not None:
-            yield self._handle(number).image
+        handle = self._open_handle(path, fh)
+        if handle is not None:
+            yield handle.image
         elif path is None or path == ROOT:
             raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
         else:
             with self._store.image(_name(path)) as image:
                 yield image
+
+    def _open_handle(self, path: str | None, fh: int | None) -> Handle | None:
+        """The handle `fh`, or one of the removed image that libfuse hides under a path; None for other paths.
+
+        Raises ImageNotFound where nobody has that open any more.
+        """
+        if fh is not None:
+            return self._handle(fh)
+        number = None if path is None else self._aliases.get(path)
+        if number is None:
+            return None
+        handle = self._handles.get(number)
+        if handle is None:
+            raise ImageNotFound(f"{path}: nobody has it open any more")
+        return handle
 
     def _handle(self, fh: int) -> Handle:
         try:
@@ -174,10 +189,10 @@ class ImageOperations:
         """stat(2) in fusepy's form, times in ns."""
         if path == ROOT:
             return self._root_status()
-        number = self._aliases.get(str(path)) if fh is None else fh
-        if number is None:
+        handle = self._open_handle(path, fh)
+        if handle is None:
             return _described(*self._store.status(_name(str(path))))
-        return _described(*self._handle(number).image.located())
+        return _described(*handle.image.located())
 
     def find(self, name: str) -> dict[str, int] | None:
         """What `getattr` gives for an image, None where there is none; for those who ask about many names."""
@@ -339,9 +354,9 @@ class ImageOperations:
 
     def open(self, path: str | None, flags: int, fh: int | None = None) -> int:
         """open(2) of an image that exists; of one whose name is gone through a handle of it."""
-        number = fh if path is None else self._aliases.get(path)
-        if number is not None:
-            return self._number(self._store.reopen(self._handle(number), flags))
+        handle = self._open_handle(path, fh if path is None else None)
+        if handle is not None:
+            return self._number(self._store.reopen(handle, flags))
         return self._number(self._store.open(_name(str(path)), flags))
 
     def read(self, _path: str | None, size: int, offset: int, fh: int) -> bytes:

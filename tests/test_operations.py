@@ -480,6 +480,20 @@ def test_image_removed_while_open_is_gone_at_once_and_readable_to_the_end(
     assert code(ops, "getattr", HIDDEN) == "ENOENT"
 
 
+def test_hidden_image_that_is_closed_while_it_is_hidden_is_absent(
+    ops: ImageOperations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle = ops("create", "/x", 0o644)
+    delete = ops._store.delete
+    monkeypatch.setattr(ops._store, "delete", lambda name: (delete(name), ops("release", "/x", handle)))
+    ops("rename", "/x", HIDDEN)
+    for call in (("getattr", HIDDEN), ("open", HIDDEN, os.O_RDONLY), ("getxattr", HIDDEN, "user.imgfs.state")):
+        with pytest.raises(OSError) as caught:
+            ops(*call)
+        assert caught.value.errno == errno.ENOENT
+    ops("unlink", HIDDEN)
+
+
 def test_hidden_name_stays_as_long_as_any_handle_does(ops: ImageOperations) -> None:
     put(ops)
     first, second = (ops("open", "/x", os.O_RDONLY) for _ in range(2))
