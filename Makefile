@@ -1,10 +1,12 @@
 # Commands for people who work on imgfs; each sets up what it needs.
 PYTHON_BIN = .venv/bin
+# Most tests wait more than they work.
+JOBS ?= 3
 
 .PHONY: test check crash stress bench format setup clean
 
 test: setup
-	$(PYTHON_BIN)/python -m pytest $(ARGS)
+	$(PYTHON_BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 crash: export IMGFS_CRASH_POINTS ?= 400
 crash: export IMGFS_CRASH_LIVES ?= 4
