@@ -168,17 +168,26 @@ class RootAttributes:
         return online[0]
 
     def _describe(self, datadir: Datadir) -> dict[str, object]:
+        """Of a datadir that is offline, or found to be so just now, nothing is known but why."""
+        numbers: dict[str, object] = {"total": 0, "free": 0, "reserved": 0, "images": 0}
+        if datadir.offline is None:
+            try:
+                numbers = self._numbers(datadir)
+            except OSError as error:
+                if not datadir.is_lost(error):
+                    raise
+        offline = datadir.offline
         return {
             "path": datadir.path,
             "priority": datadir.priority,
             "mode": datadir.config.mode,
-            "online": datadir.offline is None,
-        } | self._numbers(datadir)
+            "online": offline is None,
+            **numbers,
+            **({} if offline is None else {"reason": offline}),
+        }
 
     def _numbers(self, datadir: Datadir) -> dict[str, object]:
-        """Bytes and images; of a datadir that is offline nothing is known, but why."""
-        if datadir.offline is not None:
-            return {"total": 0, "free": 0, "reserved": 0, "images": 0, "reason": datadir.offline}
+        """Bytes and images."""
         numbers = datadir.filesystem()
         return {
             "total": numbers.f_blocks * numbers.f_frsize,
