@@ -9,6 +9,7 @@ import contextlib
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import time
@@ -174,12 +175,17 @@ def faulty(tmp_path: Path) -> Iterator[FaultyMaker]:
             made.end()
 
 
+@pytest.fixture(autouse=True)
+def reachable(tmp_path: Path) -> None:
+    """Let other users reach the files of a test."""
+    for directory in (tmp_path, *tmp_path.parents):
+        if not directory.stat().st_mode & stat.S_IXOTH:
+            directory.chmod(0o755)
+
+
 @pytest.fixture(params=["kernel", "fusepy"])
 def mount(tmp_path: Path, faulty: FaultyMaker, request: pytest.FixtureRequest) -> Iterator[Mounter]:
     """Call it to get a mounted store, once for each transport; see Mounter."""
-    tmp_path.chmod(0o755)
-    tmp_path.parent.chmod(0o755)
-    tmp_path.parent.parent.chmod(0o755)
     mounter = Mounter(tmp_path, request.param)
     try:
         yield mounter

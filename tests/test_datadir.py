@@ -104,8 +104,6 @@ def refusing(request: pytest.FixtureRequest, tmp_path: Path, filesystem: Callabl
         run("mount", "-o", "remount,ro", place)
         yield place
         return
-    for directory in (tmp_path.parent.parent, tmp_path.parent, tmp_path):
-        directory.chmod(0o755)
     place = tmp_path / "closed"
     place.mkdir(mode=0o555)
     with as_user(65534):
@@ -132,8 +130,6 @@ def test_unwritable_directory_serves_as_a_read_only_datadir(refusing: Path) -> N
 
 
 def test_directory_that_can_not_even_be_looked_at_is_refused_by_name(tmp_path: Path) -> None:
-    for directory in (tmp_path.parent.parent, tmp_path.parent, tmp_path):
-        directory.chmod(0o755)
     (tmp_path / "closed/images").mkdir(parents=True)
     (tmp_path / "closed").chmod(0o700)
     with as_user(65534):
@@ -252,8 +248,6 @@ def test_read_only_datadir_keeps_its_mode(opened: Callable[..., Datadir], tmp_pa
 
 
 def test_failing_to_set_the_x_bits_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for directory in (tmp_path.parent.parent, tmp_path.parent, tmp_path):
-        directory.chmod(0o755)
     place = tmp_path / "others"
     place.mkdir()
     place.chmod(0o770)

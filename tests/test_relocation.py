@@ -641,6 +641,7 @@ def test_writer_that_is_killed_does_not_wait_for_the_relocation(
         wait_until(slow.hanging, "the relocation")
         writer.send_signal(signal.SIGINT)
         wait_until(lambda: is_dying(writer.pid), "the signal")
+        time.sleep(1)  # the daemon is to hear of it, too
         slow.heal()
     assert writer.returncode == -signal.SIGINT
     wait_until(lambda: os.listdir(images.path) == [], "the removal")

@@ -30,8 +30,6 @@ def fuse_for_everybody() -> Iterator[None]:
 @pytest.fixture
 def home(tmp_path: Path, second_user: int) -> Path:
     """A directory of the second user's own."""
-    for parent in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        parent.chmod(0o755)
     home = tmp_path / "home"
     home.mkdir()
     (home / "images").mkdir()

@@ -27,6 +27,7 @@ SEED = os.environ.get("IMGFS_STRESS_SEED") or str(random.SystemRandom().getrandb
 MORE_MEMORY_KIB = 48 << 10
 MORE_THREADS = 16  # pools grow to what they may have as it is needed
 LEAST_STEPS = 1
+IDLE_THREADS = 10  # that wait for requests; more come and go with the load
 DISK_SLACK_BYTES = 1 << 20  # journals and directories keep what they have grown to
 
 
@@ -65,7 +66,7 @@ class Held:
         more = [
             self.images_open,
             self.descriptors - before.descriptors,
-            self.threads - before.threads,
+            self.threads - before.threads - IDLE_THREADS,
             *self.reserved,
         ]
         room = [now - then - DISK_SLACK_BYTES for now, then in zip(self.used_bytes, before.used_bytes, strict=True)]
