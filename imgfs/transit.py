@@ -82,9 +82,16 @@ class Transit:
             raise
 
     def arrive(self, name: str) -> None:
-        """Take the name, which must be free here, on stable storage. Raises FileExistsError."""
+        """Take the name, which must be free here, on stable storage. Raises FileExistsError.
+
+        Where it can't be had on stable storage, the name is given up again.
+        """
         self.datadir.finish(self._rename, name)
-        self.datadir.sync()
+        try:
+            self.datadir.sync()
+        except BaseException:
+            self.withdraw(name)
+            raise
 
     def _rename(self, name: str) -> None:
         own_fd, datadir_fd = self.datadir.own_fd, self.datadir.fd

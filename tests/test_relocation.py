@@ -616,6 +616,29 @@ def test_name_taken_in_the_target_meanwhile_is_left_alone(
     assert "can't move to" in caplog.text
 
 
+def test_target_that_can_not_be_synced_keeps_nothing(
+    places: list[str], open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(places)
+    high, low = store.datadirs
+    call = Datadir.sync
+
+    def sync(datadir: Datadir) -> None:
+        if datadir is low:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        call(datadir)
+
+    store.add("x", [b"old"])
+    handle = store.open("x", os.O_RDWR)
+    with monkeypatch.context() as patch, pytest.raises(StorageFull):
+        patch.setattr(Datadir, "sync", sync)
+        store.allocate(handle, 0, 0, 16 * MIB)
+    assert images_in(Path(low.path)) == []
+    store.close_handle(handle)
+    assert images_in(Path(high.path)) == ["x"]
+    assert b"".join(store.read("x"))[:3] == b"old"
+
+
 def test_closing_the_store_gives_a_relocation_up(places: list[str], open_store: OpenStore, held: Held) -> None:
     store = open_store(places)
     with writing(store, "x", os.urandom(12 * MIB)) as failures:
