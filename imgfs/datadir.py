@@ -437,7 +437,8 @@ class Datadir:
             self._gone_count += 1
             self._gone[name] = self._gone_count
         if len(self._gone) > MOST_UNSYNCED_NAMES:
-            self.sync()
+            with contextlib.suppress(OSError):  # the name is gone all the same; they are synced later
+                self.sync()
 
     # --- replacing an image by one in another datadir ---
 

@@ -595,17 +595,31 @@ class Namespace:
                 other.settle(name)
 
     def _replace_elsewhere(self, image: Image, old: str, new: str, target: Image) -> None:
-        """Two directories can't change in one step: a note on stable storage says which copy gives way."""
-        note = target.datadir.note_replaced(new, image.datadir)
-        try:
+        """Two directories can't change in one step: a note on stable storage says which copy gives way.
+
+        Where the new copy can't be made durable, or the old one can't be removed, nothing has changed.
+        """
+        with contextlib.ExitStack() as undo:
+            note = target.datadir.note_replaced(new, image.datadir)
+            undo.callback(target.datadir.forget_replaced, note)
             image.datadir.rename(old, new)
-        except BaseException:
+            undo.callback(self._rename_back, image.datadir, new, old)
+            image.datadir.sync()
+            target.datadir.unlink(new)
+            undo.pop_all()
+        self._noted(target.datadir, new)
+        self._forget(target, new)
+        try:
+            target.datadir.sync()
             target.datadir.forget_replaced(note)
-            raise
-        image.datadir.sync()
-        self._unlink(target, new)
-        target.datadir.sync()
-        target.datadir.forget_replaced(note)
+        except OSError as error:
+            log.warning("the replacement of image %r is to be completed at the next start: %s", new, error.strerror)
+
+    def _rename_back(self, datadir: Datadir, new: str, old: str) -> None:
+        """Undo a rename; where that can't be, the new name lies in two datadirs, and that is told."""
+        self.copies.suspect([new])
+        if not datadir.has_any(old):
+            datadir.rename(new, old)
 
     def _unlink(self, image: Image, name: str) -> None:
         image.datadir.unlink(name)

@@ -810,6 +810,31 @@ def test_steps_of_a_replacement_are_durable_one_after_the_other(
     assert steps == ["note_replaced low", "rename high", "sync high", "unlink low", "sync low", "forget_replaced low"]
 
 
+@pytest.mark.parametrize("step", ["sync", "unlink"])
+def test_replacement_that_fails_changes_nothing(
+    open_store: OpenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    with open_store() as store:
+        (tmp_path / "high/x").write_bytes(b"new")
+        (tmp_path / "low/y").write_bytes(b"old")
+        failing = tmp_path / ("high" if step == "sync" else "low")
+        call = getattr(Datadir, step)
+
+        def failing_call(datadir: Datadir, *arguments: object) -> object:
+            if datadir.path == str(failing):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return call(datadir, *arguments)
+
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output error"):
+            patch.setattr(Datadir, step, failing_call)
+            store.rename("x", "y")
+        assert (content(store, "x"), content(store, "y")) == (b"new", b"old")
+        assert (files(tmp_path / "high"), files(tmp_path / "low")) == (["x"], ["y"])
+        assert notes(tmp_path / "low") == []
+        (tmp_path / "low/y").write_bytes(b"changed later")
+    assert content(open_store(), "y") == b"changed later"
+
+
 def test_interrupted_replacement_is_completed_at_the_next_start(
     open_store: OpenStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
