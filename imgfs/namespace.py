@@ -436,9 +436,10 @@ class Namespace:
                 log.warning("datadir %s is passed over for %r: %s", datadir.path, name, error.strerror)
         raise broken or StorageFull(f"no datadir has room for {name!r}")
 
-    def replace_file(self, image: Image, transit: Transit) -> None:
+    def replace_file(self, image: Image, transit: Transit, follow: Callable[[], None]) -> None:
         """An image goes on in a copy of its file, in another datadir; all its handles go with it.
 
+        `follow` is called right before, to do to the copy what was done to the file's owner and mode meanwhile.
         After a crash at any point one of the two files has the name. Raises OSError where nothing was changed.
         """
         with _duplicate(image.open_for_write()) as old_fd, self._named(image), contextlib.ExitStack() as undo:
@@ -456,6 +457,7 @@ class Namespace:
             undo.callback(transit.forget_note)
             transit.arrive(name)
             undo.callback(transit.withdraw, name)
+            follow()
             image.move_to(transit.datadir, transit.fd)
             undo.callback(image.move_to, old, old_fd)
             self._moves += 1

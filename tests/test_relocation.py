@@ -601,6 +601,37 @@ def test_image_opened_during_its_relocation_goes_along(places: list[str], open_s
     assert store.digests("x").checksum == md5(b"late" + content[4:])
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_owner_mode_and_attributes_set_meanwhile_go_along(
+    places: list[str], open_store: OpenStore, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """As another program sets them, during the copy, or when that is about to take the name."""
+    store = open_store(places)
+    handle = store.create("x")
+    owner, method = (transit.Transit, "announce") if late else (relocation.sparse, "copy")
+    call = getattr(owner, method)
+    file = Path(store.datadirs[0].path, "x")
+    os.setxattr(file, "user.gone", b"1")
+
+    def changing(*arguments: object) -> object:
+        os.chown(file, 1234, 1235)
+        os.chmod(file, 0o4604)
+        os.setxattr(file, "user.note", b"new")
+        os.removexattr(file, "user.gone")
+        return call(*arguments)
+
+    monkeypatch.setattr(owner, method, changing)
+    store.allocate(handle, 0, 0, 1)
+    with handle.image.change_lock:
+        store._relocator.relocate(handle.image, 0, MIB, {store.datadirs[0]})
+    store.close_handle(handle)
+    moved = Path(store.datadirs[1].path, "x")
+    status = moved.stat()
+    assert (status.st_uid, status.st_gid, status.st_mode & 0o7777) == (1234, 1235, 0o4604)
+    assert os.getxattr(moved, "user.note") == b"new"
+    assert "user.gone" not in os.listxattr(moved)
+
+
 def test_name_taken_in_the_target_meanwhile_is_left_alone(
     places: list[str], open_store: OpenStore, held: Held, caplog: pytest.LogCaptureFixture
 ) -> None:
