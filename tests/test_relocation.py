@@ -394,7 +394,7 @@ def test_target_without_room_for_the_note_is_passed_over(
 ) -> None:
     second = faulty()
     images = mount([f"{filesystem('tmpfs', 8)}:200", f"{second.path}:100", f"{filesystem('tmpfs', 32)}:50"])
-    second.fault("ENOSPC", "write", name="transit-*.note")
+    second.fault("ENOSPC", "write", name="replaced-*")
     new_image(images / "x", 12 * MIB)
     assert_sealed(images / "x")
     assert datadir_of(images / "x") == "fs1"
@@ -866,13 +866,18 @@ def test_crash_at_any_step_leaves_one_copy(
     assert len(content) >= 6 * MIB
     assert set(content[3 * MIB :]) == set(b"n")
     assert store.digests("x").checksum == md5(content)
-    assert not [name for place in places for name in os.listdir(place / ".imgfs") if name.startswith("transit-")]
+    assert not [
+        name
+        for place in places
+        for name in os.listdir(place / ".imgfs")
+        if name.startswith(("transit-", "replaced-"))
+    ]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"7", b'{"name": "78"}', b'{"name": "..", "ino": 1}', b"[" * 100_000])
 def test_damaged_leftovers_keep_no_store_from_opening(open_store: OpenStore, tmp_path: Path, content: bytes) -> None:
     open_store().close()
-    (tmp_path / "high/.imgfs/transit-1.note").write_bytes(content)
+    (tmp_path / "high/.imgfs/replaced-1").write_bytes(content)
     (tmp_path / "high/.imgfs/transit-1").write_bytes(b"half an image")
     (tmp_path / "high/.imgfs/transit-2").symlink_to(tmp_path / "elsewhere")
     open_store()
@@ -883,8 +888,11 @@ def test_note_spares_another_file_of_that_name(open_store: OpenStore, tmp_path: 
     open_store().close()
     (tmp_path / "high/x").write_bytes(b"moved")
     (tmp_path / "low/x").write_bytes(b"another")
-    note = transit.Arrival("x", (tmp_path / "high/x").stat().st_ino, str(tmp_path / "low"), 1)
-    (tmp_path / "high/.imgfs/transit-1.note").write_bytes(note.encode())
+    with open_store() as store:
+        high, low = store.datadirs
+        moved = high.inode("x")
+        assert moved
+        high.note_replaced("x", low, moved, high, moved)
     open_store()
     assert ((tmp_path / "high/x").read_bytes(), (tmp_path / "low/x").read_bytes()) == (b"moved", b"another")
 
