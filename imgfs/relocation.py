@@ -19,7 +19,7 @@ from typing import Any
 
 from imgfs import sparse
 from imgfs.datadir import FULL_ERRNOS, Datadir
-from imgfs.errors import ImageChanging, Interrupted, StorageFull
+from imgfs.errors import ImageChanging, ImageNotFound, Interrupted, StorageFull
 from imgfs.hashing import Stop, never
 from imgfs.image import Image
 from imgfs.namespace import Namespace, Owner, Promise, give
@@ -119,7 +119,11 @@ class Relocator:
     def _copy(self, image: Image, promise: Promise, end: int) -> None:
         with contextlib.closing(Transit(promise.datadir)) as transit:
             self._fill(image, transit, promise, end)
-            self._namespace.replace_file(image, transit, lambda: _follow(image, transit))
+            try:
+                self._namespace.replace_file(image, transit, lambda: _follow(image, transit))
+            except ImageNotFound:
+                self._require_wanted(image)  # it may have been removed right now
+                raise
 
     def _fill(self, image: Image, transit: Transit, promise: Promise, end: int) -> None:
         """Make the file in transit equal to the image, on stable storage."""

@@ -568,6 +568,25 @@ def test_image_removed_during_its_relocation_is_gone(places: list[str], open_sto
     assert store.reserved_bytes(store.datadirs[1]) == 0
 
 
+def test_image_removed_at_the_end_of_its_relocation_is_gone(
+    places: list[str], open_store: OpenStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = open_store(places)
+    handle = store.create("x")
+    follow = relocation._follow
+
+    def removing(image: Image, file: transit.Transit) -> None:
+        follow(image, file)
+        store.delete("x")
+
+    monkeypatch.setattr(relocation, "_follow", removing)
+    with pytest.raises(StorageFull, match="it was removed"):
+        store.allocate(handle, 0, 0, 16 * MIB)
+    store.close_handle(handle)
+    assert [images_in(Path(datadir.path)) for datadir in store.datadirs] == [[], []]
+    assert "another file by now" not in caplog.text
+
+
 def test_kernel_does_not_begin_to_read_a_file_that_is_being_left(
     filesystem: Filesystem, open_store: OpenStore, held: Held
 ) -> None:
