@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from imgfs import ImageStore, State
+from imgfs.image import Image
+from tests.clients import MIB, fails_with
 from tests.conftest import Mounter, attribute, run, wait_until
-
-MIB = 1 << 20
 
 
 def settled(image: Path) -> str:
@@ -63,3 +64,40 @@ def test_image_that_was_complete_is_not_removed_for_want_of_room(small: Path, mo
             file.write(os.urandom(MIB))
     assert settled(images / "x") == "active"
     assert (images / "x").stat().st_size >= MIB
+
+
+def test_an_image_that_can_not_even_be_removed_is_let_go(
+    small: Path, open_store: Callable[..., ImageStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store([small])
+    handle = store.create("x")
+    with fails_with(errno.ENOSPC):
+        for number in range(64):
+            store.write(handle, os.urandom(MIB), number * MIB)
+
+    def fail(_name: str) -> None:
+        raise OSError(errno.EIO, "the disk fails")
+
+    monkeypatch.setattr(store.datadirs[0], "unlink", fail)
+    with fails_with(errno.EIO):
+        store.close_handle(handle)
+    assert store.state("x") is State.STALE
+    assert handle.image.references == 0
+
+
+def test_a_reservation_that_can_not_be_told_holds_no_image(
+    open_store: Callable[..., ImageStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store()
+    handle = store.create("x")
+    store.expect_size(handle.image, MIB)
+
+    def fail(_image: Image) -> int:
+        raise OSError(errno.EIO, "the disk fails")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Image, "outstanding_bytes", fail)
+        with fails_with(errno.EIO):
+            store.create("y")
+    assert handle.image.references == 1
+    store.close_handle(handle)
