@@ -21,11 +21,19 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ParamSpec, TypeVar, cast
+from typing import ParamSpec, TypeVar
 
 from imgfs import identity, linux, mount_table, names
 from imgfs.config import DatadirConfig, Mode
-from imgfs.errors import AnsweredTooLate, DatadirError, DatadirOffline, ImageNotFound, InvalidName, WriteDenied
+from imgfs.errors import (
+    AnsweredTooLate,
+    DatadirError,
+    DatadirOffline,
+    ImageNotFound,
+    InvalidName,
+    StorageFull,
+    WriteDenied,
+)
 from imgfs.xattrs import NativeXattrs, ReadOnlyXattrs, SidecarXattrs, Xattrs, proc_path, read_regular, supported
 
 log = logging.getLogger(__name__)
@@ -279,12 +287,16 @@ class Datadir:
 
     def mark(self, marker: identity.Marker) -> None:
         """Put a marker into it, on stable storage."""
-        identity.write(marker, cast(int, self._own_fd))
+        identity.write(marker, self.own_fd)
 
     @property
     def own_fd(self) -> int:
-        """The descriptor of imgfs's own room here; there is one wherever images may be changed."""
-        return cast(int, self._own_fd)
+        """The descriptor of imgfs's own room here; StorageFull where there was no room to make it."""
+        if self._own_fd is None:
+            raise StorageFull(
+                f"datadir {self.path} was too full for a directory {names.OWN_DIRECTORY} when it was mounted"
+            )
+        return self._own_fd
 
     # --- files ---
 
@@ -445,21 +457,21 @@ class Datadir:
         """Put on stable storage that the copy of `name` here gives way; undone by `forget_replaced`."""
         note = Replaced(f"replaced-{secrets.token_hex(8)}", name, self.status(name).st_ino, by.path)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        with open(os.open(note.token, flags, 0o600, dir_fd=self._own_fd), "w", encoding="ascii") as file:
+        with open(os.open(note.token, flags, 0o600, dir_fd=self.own_fd), "w", encoding="ascii") as file:
             json.dump({"name": os.fsencode(name).hex(), "ino": note.ino, "by": note.by}, file)
             file.flush()
             os.fsync(file.fileno())
-        os.fsync(cast(int, self._own_fd))
+        os.fsync(self.own_fd)
         return note
 
     def forget_replaced(self, note: Replaced) -> None:
         """Take the note away."""
-        os.unlink(note.token, dir_fd=self._own_fd)
+        os.unlink(note.token, dir_fd=self.own_fd)
 
     def has_note(self, note: Replaced) -> bool:
         """Whether a note is still there."""
         try:
-            os.stat(note.token, dir_fd=self._own_fd, follow_symlinks=False)
+            os.stat(note.token, dir_fd=self.own_fd, follow_symlinks=False)
         except FileNotFoundError:
             return False
         return True
@@ -545,6 +557,11 @@ class Datadir:
         except FileNotFoundError:
             return None
         except OSError as error:
+            if error.errno in FULL_ERRNOS:
+                log.warning(
+                    "datadir %s is full: %s can't be made in it before there is room at a mount", self.path, name
+                )
+                return None
             message = f"datadir {self.path}: {name} in it can't be used: {error.strerror}"
             raise DatadirError(message, error.errno) from None
 

@@ -116,7 +116,7 @@ class Transit:
 
 def finish_arrivals(datadir: Datadir, datadirs: Iterable[Datadir]) -> None:
     """Complete or undo what a crash left in transit to a datadir."""
-    if not datadir.writable:
+    if not datadir.writable or not datadir.has_own:
         return
     left = [token for token in os.listdir(proc_path(datadir.own_fd)) if token.startswith(_PREFIX)]
     for token in left:

@@ -101,3 +101,21 @@ def test_a_reservation_that_can_not_be_told_holds_no_image(
             store.create("y")
     assert handle.image.references == 1
     store.close_handle(handle)
+
+
+def test_a_full_disk_with_images_is_mounted_as_it_is(filesystem: Callable[..., Path], mount: Mounter) -> None:
+    """Not even a directory can be made in it: no marker, no relocation to it, but its images are served."""
+    full = filesystem("ext4", 16)
+    (full / "old").write_bytes(b"glance")
+    with open(full / "rest", "wb", buffering=0) as file, fails_with(errno.ENOSPC):
+        while True:
+            file.write(bytes(1024))
+    images = mount([f"{full}:200", "low:100"])
+    images.expect_warning(r"is full: \.imgfs can't be made|can't be marked")
+    assert (images / "old").read_bytes() == b"glance"
+    (images / "new").write_bytes(b"elsewhere")
+    assert attribute(images / "new", "datadir") == str(images.datadirs[1])
+    with fails_with(errno.ENOSPC):  # no room for the note that makes it safe
+        os.rename(images / "new", images / "old")
+    assert (images / "old").read_bytes() == b"glance"
+    assert (images / "new").read_bytes() == b"elsewhere"
