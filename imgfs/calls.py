@@ -41,8 +41,8 @@ class Call:
         self.calls.give_up(self.number)
 
     def lose(self) -> None:
-        """It will never come back: it counts no more."""
-        self.calls.end(self.number)
+        """It will never come back: it counts no more; should it, that is too late."""
+        self.calls.lose(self.number)
 
 
 class Calls:
@@ -77,6 +77,12 @@ class Calls:
         self._given_up.add(number)
         if number not in self._under_way:  # it has come back meanwhile, and may or may not have seen this
             self._given_up.discard(number)
+
+    def lose(self, number: int) -> None:
+        """The call is not under way any more, and never comes back in time."""
+        self._given_up.add(number)
+        self._under_way.pop(number, None)
+        self._ended += 1
 
     def is_given_up(self, number: int) -> bool:
         """Whether `give_up` was called for a call that is under way."""

@@ -21,11 +21,19 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ParamSpec, TypeVar, cast
+from typing import ParamSpec, TypeVar
 
 from imgfs import identity, inode, linux, mount_table, names
 from imgfs.config import DatadirConfig, Mode
-from imgfs.errors import AnsweredTooLate, DatadirError, DatadirOffline, ImageNotFound, InvalidName, WriteDenied
+from imgfs.errors import (
+    AnsweredTooLate,
+    DatadirError,
+    DatadirOffline,
+    ImageNotFound,
+    InvalidName,
+    StorageFull,
+    WriteDenied,
+)
 from imgfs.inode import Inode
 from imgfs.xattrs import NativeXattrs, ReadOnlyXattrs, SidecarXattrs, Xattrs, proc_path, read_regular, supported
 
@@ -306,12 +314,16 @@ class Datadir:
 
     def mark(self, marker: identity.Marker) -> None:
         """Put a marker into it, on stable storage."""
-        identity.write(marker, cast(int, self._own_fd))
+        identity.write(marker, self.own_fd)
 
     @property
     def own_fd(self) -> int:
-        """The descriptor of imgfs's own room here; there is one wherever images may be changed."""
-        return cast(int, self._own_fd)
+        """The descriptor of imgfs's own room here; StorageFull where there was no room to make it."""
+        if self._own_fd is None:
+            raise StorageFull(
+                f"datadir {self.path} was too full for a directory {names.OWN_DIRECTORY} when it was mounted"
+            )
+        return self._own_fd
 
     # --- files ---
 
@@ -506,12 +518,12 @@ class Datadir:
         self._forget_note(note.token)
 
     def _forget_note(self, token: str) -> None:
-        os.unlink(token, dir_fd=self._own_fd)
+        os.unlink(token, dir_fd=self.own_fd)
 
     def has_note(self, note: Replaced) -> bool:
         """Whether a note is still there."""
         try:
-            os.stat(note.token, dir_fd=self._own_fd, follow_symlinks=False)
+            os.stat(note.token, dir_fd=self.own_fd, follow_symlinks=False)
         except FileNotFoundError:
             return False
         return True
@@ -591,6 +603,11 @@ class Datadir:
         except FileNotFoundError:
             return None
         except OSError as error:
+            if error.errno in FULL_ERRNOS:
+                log.warning(
+                    "datadir %s is full: %s can't be made in it before there is room at a mount", self.path, name
+                )
+                return None
             message = f"datadir {self.path}: {name} in it can't be used: {error.strerror}"
             raise DatadirError(message, error.errno) from None
 

@@ -140,7 +140,10 @@ class ImageOperations:
         with self._lock:
             handles, self._handles = list(self._handles.values()), {}
         for handle in handles:
-            self._store.close_handle(handle, complete=not (cut_off or handle.unflushed))
+            try:
+                self._store.close_handle(handle, complete=not (cut_off or handle.unflushed))
+            except OSError as error:
+                log.error("image %r can't be closed: %s", handle.image.name, error)
 
     # --- which image ---
 

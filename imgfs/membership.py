@@ -147,7 +147,12 @@ class Returning:
             for datadir in self._missed[:]:
                 if self._is_there(datadir):
                     self._missed.remove(datadir)
-                    self._back(datadir)
+                    try:
+                        self._back(datadir)
+                    except OSError as error:
+                        log.error(
+                            "datadir %s is there again, but not all that follows was done: %s", datadir.path, error
+                        )
 
     def _is_there(self, datadir: Datadir) -> bool:
         marker = look(datadir.config).marker

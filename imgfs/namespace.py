@@ -389,14 +389,15 @@ class Namespace:
             for image in declared:
                 image.references += 1
             promised: list[Image | Promise] = [*declared, *self._promises]
-        reserved = sum(
-            one.outstanding_bytes()
-            for one in promised
-            if one.datadir.device == datadir.device and one.datadir.offline is None
-        )
-        for image in declared:
-            self.let_go(image)
-        return reserved
+        try:
+            return sum(
+                one.outstanding_bytes()
+                for one in promised
+                if one.datadir.device == datadir.device and one.datadir.offline is None
+            )
+        finally:
+            for image in declared:
+                self.let_go(image)
 
     def _placed(self, size: int | None) -> list[Datadir]:
         candidates = (self._candidate(datadir) for datadir in self.datadirs if datadir.takes_images)

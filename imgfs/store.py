@@ -329,9 +329,11 @@ class ImageStore:
             return
         if image.is_new and image.lacking_at is not None:
             log.error("image %r is removed: %s was full before all of it was written", image.name, image.datadir.path)
-            self._namespace.discard(image)
-            image.end_sealing(for_good=True)
-            self._namespace.let_go(image)
+            try:
+                self._namespace.discard(image)
+            finally:
+                image.end_sealing(for_good=True)
+                self._namespace.let_go(image)
         else:
             self._sealer.seal(image)
 

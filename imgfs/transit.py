@@ -85,7 +85,7 @@ class Transit:
 
 def remove_leftovers(datadir: Datadir) -> None:
     """Remove the copies that a crash left in transit to a datadir."""
-    if not datadir.writable:
+    if not datadir.writable or not datadir.has_own:
         return
     for token in os.listdir(proc_path(datadir.own_fd)):
         if token.startswith(_PREFIX):

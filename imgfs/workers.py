@@ -28,13 +28,20 @@ class Workers:
         self._closed = False  # guarded by _lock
 
     def submit(self, job: Callable[..., object], *arguments: Any) -> None:
-        """Have `job(*arguments)` called by one of the threads. Raises RuntimeError after `close`."""
+        """Have `job(*arguments)` called by one of the threads. Raises RuntimeError after `close`, and
+        where not a single thread can be had."""
         with self._lock:
             if self._closed:
                 raise RuntimeError("no jobs are taken any more")
             self._jobs.put((job, arguments))
-            if not self._idle.acquire(blocking=False) and len(self._threads) < self._most:
+            if self._idle.acquire(blocking=False) or len(self._threads) >= self._most:
+                return
+            try:
                 self._start()
+            except RuntimeError:
+                if not self._threads:  # else one of them comes to it
+                    self._jobs.get_nowait()
+                    raise
 
     def replace(self, lost: Collection[int]) -> None:
         """Do without these threads (get_ident), should they be of these; others take their places."""
@@ -57,7 +64,11 @@ class Workers:
     def _start(self) -> None:
         thread = threading.Thread(target=self._run, name=self._name, daemon=True)
         self._threads.add(thread)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:
+            self._threads.discard(thread)
+            raise
 
     def _run(self) -> None:
         while (job := self._next()) is not None:

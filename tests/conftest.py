@@ -6,12 +6,14 @@ the test did not expect.
 """
 
 import contextlib
+import fcntl
 import os
 import re
 import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -238,6 +240,18 @@ def _unmount_filesystem(place: Path) -> None:
     if run("umount", place, check=False).returncode != 0:
         run("umount", "--lazy", place)
         pytest.fail(f"{place} was still in use at the end")
+
+
+@pytest.fixture
+def fuse_for_everybody() -> Iterator[None]:
+    """Let all users open /dev/fuse, as udev does and a container may not; for one test at a time."""
+    device = Path("/dev/fuse")
+    with open(Path(tempfile.gettempdir()) / "imgfs-tests.dev-fuse.lock", "w", encoding="ascii") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        mode = stat.S_IMODE(device.stat().st_mode)
+        device.chmod(0o666)
+        yield
+        device.chmod(mode)
 
 
 @pytest.fixture(scope="session")

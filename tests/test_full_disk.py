@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from imgfs import ImageStore, State
+from imgfs.image import Image
+from tests.clients import MIB, fails_with
 from tests.conftest import Mounter, attribute, run, wait_until
-
-MIB = 1 << 20
 
 
 def settled(image: Path) -> str:
@@ -63,3 +64,58 @@ def test_image_that_was_complete_is_not_removed_for_want_of_room(small: Path, mo
             file.write(os.urandom(MIB))
     assert settled(images / "x") == "active"
     assert (images / "x").stat().st_size >= MIB
+
+
+def test_an_image_that_can_not_even_be_removed_is_let_go(
+    small: Path, open_store: Callable[..., ImageStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store([small])
+    handle = store.create("x")
+    with fails_with(errno.ENOSPC):
+        for number in range(64):
+            store.write(handle, os.urandom(MIB), number * MIB)
+
+    def fail(_name: str) -> None:
+        raise OSError(errno.EIO, "the disk fails")
+
+    monkeypatch.setattr(store.datadirs[0], "unlink", fail)
+    with fails_with(errno.EIO):
+        store.close_handle(handle)
+    assert store.state("x") is State.STALE
+    assert handle.image.references == 0
+
+
+def test_a_reservation_that_can_not_be_told_holds_no_image(
+    open_store: Callable[..., ImageStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store()
+    handle = store.create("x")
+    store.expect_size(handle.image, MIB)
+
+    def fail(_image: Image) -> int:
+        raise OSError(errno.EIO, "the disk fails")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Image, "outstanding_bytes", fail)
+        with fails_with(errno.EIO):
+            store.create("y")
+    assert handle.image.references == 1
+    store.close_handle(handle)
+
+
+def test_a_full_disk_with_images_is_mounted_as_it_is(filesystem: Callable[..., Path], mount: Mounter) -> None:
+    """Not even a directory can be made in it: no marker, no relocation to it, but its images are served."""
+    full = filesystem("ext4", 16)
+    (full / "old").write_bytes(b"glance")
+    with open(full / "rest", "wb", buffering=0) as file, fails_with(errno.ENOSPC):
+        while True:
+            file.write(bytes(1024))
+    images = mount([f"{full}:200", "low:100"])
+    images.expect_warning(r"is full: \.imgfs can't be made|can't be marked")
+    assert (images / "old").read_bytes() == b"glance"
+    (images / "new").write_bytes(b"elsewhere")
+    assert attribute(images / "new", "datadir") == str(images.datadirs[1])
+    with fails_with(errno.ENOSPC):  # no room for the note that makes it safe
+        os.rename(images / "new", images / "old")
+    assert (images / "old").read_bytes() == b"glance"
+    assert (images / "new").read_bytes() == b"elsewhere"

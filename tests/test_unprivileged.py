@@ -1,11 +1,9 @@
 """A store of a user who is not root: mounted through fusermount3, written and read, with nothing but their rights."""
 
 import os
-import stat
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,13 +16,7 @@ SOURCES = Path(mounts.__file__).parent.parent
 GETFATTR = ["getfattr", "--absolute-names", "--only-values", "-n"]
 
 
-@pytest.fixture(autouse=True)
-def fuse_for_everybody() -> Iterator[None]:
-    """udev makes /dev/fuse usable by all; a container may not."""
-    mode = stat.S_IMODE(os.stat("/dev/fuse").st_mode)
-    os.chmod("/dev/fuse", 0o666)
-    yield
-    os.chmod("/dev/fuse", mode)
+pytestmark = pytest.mark.usefixtures("fuse_for_everybody")
 
 
 @pytest.fixture

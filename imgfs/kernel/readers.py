@@ -86,6 +86,7 @@ class Readers:
         self._waiting: set[Device] = set()
         self._changed = threading.Condition()
         self._threads: set[threading.Thread] = set()
+        self._kept: list[Device] = []  # of lost threads that have come back
         self._ended = threading.Event()
         self._busy: Device | None = None  # the holder of the place, while it answers
         self._requests = 0
@@ -93,6 +94,12 @@ class Readers:
 
     def __len__(self) -> int:
         return len(self._threads)
+
+    def close(self) -> None:
+        """Close what lost threads have left open; nothing is answered any more."""
+        while self._kept:
+            if (device := self._kept.pop()) is not self._device:
+                device.close()
 
     def lose(self, ident: int) -> None:
         """A thread is stuck: it counts no more, neither among those there may be nor among those that must end.
@@ -124,7 +131,13 @@ class Readers:
         with self._changed:
             self._threads.add(thread)
         self._waiting.add(device)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:
+            self._waiting.discard(device)
+            with self._changed:
+                self._threads.discard(thread)
+            raise
 
     def _serve(self, device: Device) -> None:
         """Wait for the place, read until it is gone, and again."""
@@ -137,11 +150,14 @@ class Readers:
                     break
         finally:
             self._give_place_away(device)
-            if device is not self._device:
-                device.close()
             with self._changed:
+                lost = threading.current_thread() not in self._threads
                 self._threads.discard(threading.current_thread())
                 self._changed.notify_all()
+            if lost:
+                self._kept.append(device)  # its request may still be answered there, in place of this thread
+            elif device is not self._device:
+                device.close()
 
     def _take_place(self, device: Device) -> bool:
         self._waiting.add(device)
@@ -192,8 +208,14 @@ class Readers:
             log.warning("all %d threads are busy; requests wait", MAX_THREADS)
             return
         try:
-            self._start(self._device.clone())
-        except (OSError, RuntimeError) as error:
+            device = self._device.clone()
+        except OSError as error:
+            log.warning("no further thread for requests: %s", error)
+            return
+        try:
+            self._start(device)
+        except RuntimeError as error:
+            device.close()
             log.warning("no further thread for requests: %s", error)
 
     def _watch(self) -> None:

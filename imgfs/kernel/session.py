@@ -205,6 +205,7 @@ class KernelSession:
         self._filesystem.destroy(self._cut_off)
         for failure in self._filesystem.release_all():
             log.error("an image left open could not be closed: %s", failure)
+        self._readers.close()
         self._device.close()
         self._leave_no_dead_mount()
 

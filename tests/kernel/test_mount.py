@@ -629,15 +629,6 @@ def test_stop_ends_the_mount_though_an_image_is_open(image: Mount) -> None:
     assert (image.backing / "image").read_bytes()[:6] == b"before"
 
 
-@pytest.fixture
-def fuse_for_everybody() -> Iterator[None]:
-    """udev makes /dev/fuse usable by all; a container may not."""
-    mode = Path("/dev/fuse").stat().st_mode
-    Path("/dev/fuse").chmod(0o666)
-    yield
-    Path("/dev/fuse").chmod(stat.S_IMODE(mode))
-
-
 @pytest.mark.usefixtures("fuse_for_everybody")
 def test_an_ordinary_user_mounts_writes_and_reads(mounted: Mounted, tmp_path: Path) -> None:
     for parent in tmp_path.parents:

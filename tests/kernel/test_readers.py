@@ -1,13 +1,17 @@
 """How the threads that read requests spend their time: awake where that pays, asleep otherwise."""
 
 import os
+import queue
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from imgfs.kernel import readers
-from imgfs.kernel.readers import MAX_MISSES, Lookout
+from imgfs.kernel import abi, readers
+from imgfs.kernel.readers import MAX_MISSES, Lookout, Readers
+from tests.conftest import WAIT_SECONDS, wait_until
 
 
 class Requests:
@@ -69,6 +73,106 @@ def test_with_one_cpu_nobody_is_kept_from_it(requests, monkeypatch):
     monkeypatch.setattr(readers, "SEVERAL_CPUS", False)
     taken(Lookout(requests), 10)
     assert requests.lookouts == 0
+
+
+class Queued:
+    """A device, or a clone of one, with requests from a queue; None ends the connection."""
+
+    def __init__(self, queued: "queue.SimpleQueue[bytes | None]") -> None:
+        self.queued = queued
+        self.clones: list[Queued] = []
+        self.closed = False
+
+    def clone(self) -> "Queued":
+        self.clones.append(Queued(self.queued))
+        return self.clones[-1]
+
+    def comes_within(self, _seconds: float) -> bool:
+        return not self.queued.empty()
+
+    def read(self) -> bytes | None:
+        return self.queued.get()
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def request(opcode: int) -> bytes:
+    return bytes(4) + opcode.to_bytes(4, "little")
+
+
+class Served:
+    """Readers at work on a queue; each GETXATTR waits until `go` is set."""
+
+    def __init__(self) -> None:
+        self.device = Queued(queue.SimpleQueue())
+        self.answered: list[int] = []
+        self.waiting: list[int] = []
+        self.go = threading.Event()
+        self.readers = Readers(self.device, self._answer)
+        self._thread = threading.Thread(target=self.readers.run, args=(lambda: None, lambda: None, 10))
+        self._thread.start()
+
+    def _answer(self, _device: Queued, data: bytes) -> None:
+        opcode = int.from_bytes(data[4:8], "little")
+        if opcode == abi.FUSE_GETXATTR:
+            self.waiting.append(threading.get_ident())
+            assert self.go.wait(WAIT_SECONDS)
+        self.answered.append(opcode)
+
+    def send(self, opcode: int) -> None:
+        self.device.queued.put(request(opcode))
+
+    def end(self) -> None:
+        self.go.set()
+        for _ in range(10):  # each thread that reads takes one
+            self.device.queued.put(None)
+        self._thread.join(WAIT_SECONDS)
+        assert not self._thread.is_alive()
+
+
+@pytest.fixture
+def served() -> Iterator[Served]:
+    served = Served()
+    yield served
+    served.end()
+
+
+def test_a_thread_that_could_not_be_started_is_made_up_for_later(served, monkeypatch, caplog):
+    start, failures = threading.Thread.start, []
+
+    def fail_once(thread: threading.Thread) -> None:
+        if not failures:
+            failures.append(thread)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", fail_once)
+    served.send(abi.FUSE_GETXATTR)
+    wait_until(lambda: failures and served.waiting)
+    assert "no further thread" in caplog.text
+    served.go.set()
+    wait_until(lambda: served.answered == [abi.FUSE_GETXATTR])
+    served.go.clear()
+    served.send(abi.FUSE_GETXATTR)
+    served.send(abi.FUSE_STATFS)
+    wait_until(lambda: abi.FUSE_STATFS in served.answered)
+
+
+def test_the_descriptor_of_a_lost_thread_stays_open_to_the_end(served):
+    """Its request may be answered there by somebody else, at any time."""
+    served.send(abi.FUSE_GETXATTR)
+    wait_until(lambda: len(served.waiting) == 1)
+    served.send(abi.FUSE_GETXATTR)  # read by the second thread, on a clone
+    wait_until(lambda: len(served.waiting) == 2)
+    clone = served.device.clones[0]
+    served.readers.lose(served.waiting[1])
+    served.go.set()
+    wait_until(lambda: len(served.answered) == 2)
+    wait_until(lambda: clone in served.readers._kept)
+    assert not clone.closed
+    served.readers.close()
+    assert clone.closed
 
 
 def cpu_seconds(pid: int) -> float:
