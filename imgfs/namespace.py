@@ -459,6 +459,8 @@ class Namespace:
             undo.callback(transit.forget_note)
             transit.arrive(name)
             undo.callback(transit.withdraw, name)
+            if not self._is_at(image, name):  # all that was made durable took its time
+                raise ImageNotFound(f"{name!r} is another file by now")
             follow()
             image.move_to(transit.datadir, transit.fd)
             undo.callback(image.move_to, old, old_fd)

@@ -689,6 +689,27 @@ def test_target_that_can_not_be_synced_keeps_nothing(
     assert b"".join(store.read("x"))[:3] == b"old"
 
 
+def test_file_put_in_the_place_of_one_that_is_relocated_stays(
+    places: list[str], open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(places)
+    high, low = (Path(datadir.path) for datadir in store.datadirs)
+    handle = store.create("x")
+    arrive = transit.Transit.arrive
+
+    def arriving(file: transit.Transit, name: str) -> None:
+        (high / ".other").write_bytes(b"other")
+        (high / ".other").rename(high / "x")
+        arrive(file, name)
+
+    monkeypatch.setattr(transit.Transit, "arrive", arriving)
+    with pytest.raises(StorageFull):
+        store.allocate(handle, 0, 0, 16 * MIB)
+    store.close_handle(handle)
+    assert (high / "x").read_bytes() == b"other"
+    assert images_in(low) == []
+
+
 def test_closing_the_store_gives_a_relocation_up(places: list[str], open_store: OpenStore, held: Held) -> None:
     store = open_store(places)
     with writing(store, "x", os.urandom(12 * MIB)) as failures:
