@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from imgfs import identity, linux, mount_table, names
+from imgfs import identity, inode, linux, mount_table, names
 from imgfs.config import DatadirConfig, Mode
 from imgfs.errors import (
     AnsweredTooLate,
@@ -34,6 +34,7 @@ from imgfs.errors import (
     StorageFull,
     WriteDenied,
 )
+from imgfs.inode import Inode
 from imgfs.xattrs import NativeXattrs, ReadOnlyXattrs, SidecarXattrs, Xattrs, proc_path, read_regular, supported
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ MOST_IDENTITIES = 10_000
 READ_ONLY_SECONDS = 30.0  # how long a datadir that answered EROFS is not tried again
 LOCK_WAIT_SECONDS = 10.0
 _LOCK_RETRY_SECONDS = 0.05
+_REPLACED = "replaced-"
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -66,12 +68,37 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Replaced:
-    """A note that the copy of `name` with inode `ino` gives way to one in the datadir at path `by`."""
+    """A note that the file `old` of a name, in one datadir, gives way to `new`, in another, once that has the name.
+
+    Datadirs are named by what they are `called`, as their paths may change.
+    """
 
     token: str
     name: str
-    ino: int
-    by: str
+    old_in: str
+    old: Inode
+    new_in: str
+    new: Inode
+
+    def encode(self) -> bytes:
+        """The form in which it is stored."""
+        fields = {
+            "name": os.fsencode(self.name).hex(),
+            "old": [self.old_in, *self.old.encode()],
+            "new": [self.new_in, *self.new.encode()],
+        }
+        return json.dumps(fields).encode("ascii")
+
+
+def _decode_replaced(token: str, stored: bytes) -> Replaced | None:
+    """What a note says; None where it was cut short, so that what it announces was never begun."""
+    try:
+        fields = json.loads(stored)
+        name = names.check(os.fsdecode(bytes.fromhex(fields["name"])))
+        (old_in, *old), (new_in, *new) = fields["old"], fields["new"]
+        return Replaced(token, name, str(old_in), inode.decode(old), str(new_in), inode.decode(new))
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError, InvalidName):
+        return None
 
 
 def unusable(config: DatadirConfig) -> str | None:
@@ -449,24 +476,49 @@ class Datadir:
             self._gone_count += 1
             self._gone[name] = self._gone_count
         if len(self._gone) > MOST_UNSYNCED_NAMES:
-            self.sync()
+            with contextlib.suppress(OSError):  # the name is gone all the same; they are synced later
+                self.sync()
 
     # --- replacing an image by one in another datadir ---
 
-    def note_replaced(self, name: str, by: "Datadir") -> Replaced:
-        """Put on stable storage that the copy of `name` here gives way; undone by `forget_replaced`."""
-        note = Replaced(f"replaced-{secrets.token_hex(8)}", name, self.status(name).st_ino, by.path)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        with open(os.open(note.token, flags, 0o600, dir_fd=self.own_fd), "w", encoding="ascii") as file:
-            json.dump({"name": os.fsencode(name).hex(), "ino": note.ino, "by": note.by}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.fsync(self.own_fd)
+    @property
+    def called(self) -> str:
+        """What notes call it: its identity, which stays with the disk; its path as long as it has none."""
+        return self.marked_as or self.path
+
+    def inode(self, name: str) -> Inode | None:
+        """The inode of an image; None where there is no regular file of that name."""
+        try:
+            fd = self.pin(name)
+        except ImageNotFound:
+            return None
+        try:
+            return self.ask(inode.inode_of, fd)
+        finally:
+            os.close(fd)
+
+    def note_replaced(self, name: str, old_in: "Datadir", old: Inode, new_in: "Datadir", new: Inode) -> Replaced:
+        """Put on stable storage, here, that one file gives way to another; undone by `forget_replaced`."""
+        token = f"{_REPLACED}{secrets.token_hex(8)}"
+        note = Replaced(token, name, old_in.called, old, new_in.called, new)
+        fd = self._create(token, 0o600, self.own_fd)
+        try:
+            with open(fd, "wb") as file:
+                file.write(note.encode())
+                file.flush()
+                os.fsync(fd)
+            os.fsync(self.own_fd)
+        except BaseException:
+            self._forget_note(token)
+            raise
         return note
 
     def forget_replaced(self, note: Replaced) -> None:
         """Take the note away."""
-        os.unlink(note.token, dir_fd=self.own_fd)
+        self._forget_note(note.token)
+
+    def _forget_note(self, token: str) -> None:
+        os.unlink(token, dir_fd=self.own_fd)
 
     def has_note(self, note: Replaced) -> bool:
         """Whether a note is still there."""
@@ -477,26 +529,20 @@ class Datadir:
         return True
 
     def notes_of_replaced(self) -> list[Replaced]:
-        """The notes that a crash left behind."""
+        """The notes that a crash left behind; those that were cut short are taken away."""
         if not self.writable or self._own_fd is None:
             return []
-        return [
-            note
-            for token in os.listdir(proc_path(self._own_fd))
-            if token.startswith("replaced-") and (note := self._read_note(token))
-        ]
+        tokens = [token for token in os.listdir(proc_path(self._own_fd)) if token.startswith(_REPLACED)]
+        return [note for token in tokens if (note := self._read_note(token))]
 
     def _read_note(self, token: str) -> Replaced | None:
-        """One note; None for what is no file. Whoever owns the datadir may have put anything here."""
-        text = read_regular(token, self._own_fd)
-        if text is None:
-            return None
-        try:
-            fields = json.loads(text)
-            name = names.check(os.fsdecode(bytes.fromhex(fields["name"])))
-            return Replaced(token, name, int(fields["ino"]), str(fields["by"]))
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError, InvalidName):
-            return Replaced(token, "", -1, "")  # cut short: the rename it announces was never begun
+        """One note; None for what is none. Whoever owns the datadir may have put anything here."""
+        stored = read_regular(token, self._own_fd)
+        note = None if stored is None else _decode_replaced(token, stored)
+        if stored is not None and note is None:
+            with contextlib.suppress(OSError):
+                self._forget_note(token)
+        return note
 
     # --- opening ---
 

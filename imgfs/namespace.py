@@ -32,8 +32,9 @@ from imgfs.errors import (
     StorageFull,
 )
 from imgfs.image import Image, Key, StreamFactory, key_of
+from imgfs.inode import Inode, inode_of
 from imgfs.name_locks import NameLocks, Turn
-from imgfs.transit import Transit, finish_arrivals
+from imgfs.transit import Transit, remove_leftovers
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ class Namespace:
         self.copies = Copies(datadirs, self._is_saving, self._names.held)
         self.finish_replacements()
         for datadir in self.online():
-            finish_arrivals(datadir, datadirs)
+            remove_leftovers(datadir)
 
     # --- finding ---
 
@@ -437,9 +438,10 @@ class Namespace:
                 log.warning("datadir %s is passed over for %r: %s", datadir.path, name, error.strerror)
         raise broken or StorageFull(f"no datadir has room for {name!r}")
 
-    def replace_file(self, image: Image, transit: Transit) -> None:
+    def replace_file(self, image: Image, transit: Transit, follow: Callable[[], None]) -> None:
         """An image goes on in a copy of its file, in another datadir; all its handles go with it.
 
+        `follow` is called right before, to do to the copy what was done to the file's owner and mode meanwhile.
         After a crash at any point one of the two files has the name. Raises OSError where nothing was changed.
         """
         with _duplicate(image.open_for_write()) as old_fd, self._named(image), contextlib.ExitStack() as undo:
@@ -453,10 +455,11 @@ class Namespace:
             new_key = key_of(os.fstat(transit.fd))
             self._know_as(image, new_key)
             undo.callback(self._know_no_more, new_key)
-            transit.announce(name, old, key[1])
+            transit.announce(name, old, old.finish(inode_of, old_fd))
             undo.callback(transit.forget_note)
             transit.arrive(name)
             undo.callback(transit.withdraw, name)
+            follow()
             image.move_to(transit.datadir, transit.fd)
             undo.callback(image.move_to, old, old_fd)
             self._moves += 1
@@ -596,17 +599,32 @@ class Namespace:
                 other.settle(name)
 
     def _replace_elsewhere(self, image: Image, old: str, new: str, target: Image) -> None:
-        """Two directories can't change in one step: a note on stable storage says which copy gives way."""
-        note = target.datadir.note_replaced(new, image.datadir)
-        try:
+        """Two directories can't change in one step: a note on stable storage says which copy gives way.
+
+        Where the new copy can't be made durable, or the old one can't be removed, nothing has changed.
+        """
+        with contextlib.ExitStack() as undo:
+            old_inode, new_inode = inode_of(target.path_fd), inode_of(image.path_fd)
+            note = target.datadir.note_replaced(new, target.datadir, old_inode, image.datadir, new_inode)
+            undo.callback(target.datadir.forget_replaced, note)
             image.datadir.rename(old, new)
-        except BaseException:
+            undo.callback(self._rename_back, image.datadir, new, old)
+            image.datadir.sync()
+            target.datadir.unlink(new)
+            undo.pop_all()
+        self._noted(target.datadir, new)
+        self._forget(target, new)
+        try:
+            target.datadir.sync()
             target.datadir.forget_replaced(note)
-            raise
-        image.datadir.sync()
-        self._unlink(target, new)
-        target.datadir.sync()
-        target.datadir.forget_replaced(note)
+        except OSError as error:
+            log.warning("the replacement of image %r is to be completed at the next start: %s", new, error.strerror)
+
+    def _rename_back(self, datadir: Datadir, new: str, old: str) -> None:
+        """Undo a rename; where that can't be, the new name lies in two datadirs, and that is told."""
+        self.copies.suspect([new])
+        if not datadir.has_any(old):
+            datadir.rename(new, old)
 
     def _unlink(self, image: Image, name: str) -> None:
         image.datadir.unlink(name)
@@ -622,7 +640,7 @@ class Namespace:
         self._removed(image)
 
     def finish_replacements(self) -> None:
-        """Complete the replacements that a crash cut short: the old copy goes if another has its name.
+        """Complete the replacements that a crash cut short: the old copy goes if the new one has its name.
 
         What an earlier daemon did is made durable first: its end may have left it in the caches of the system.
         """
@@ -630,21 +648,53 @@ class Namespace:
             _sync_if_possible(datadir)
         for datadir in self.online():
             for note in datadir.notes_of_replaced():
-                if any(d.path == note.by and d.offline is not None for d in self.datadirs):
-                    continue  # whether the rename happened is not known
                 with self._names.held(note.name):
-                    if datadir.has_note(note):  # not of a rename that was just under way
+                    if datadir.has_note(note):  # not of what was just under way
                         self._finish_replacement(datadir, note)
 
-    def _finish_replacement(self, datadir: Datadir, note: Replaced) -> None:
-        by = next((d for d in self.datadirs if d.path == note.by and note.name and d.has_any(note.name)), None)
-        with contextlib.suppress(ImageNotFound):
-            if by is not None and datadir.status(note.name).st_ino == note.ino:
-                log.warning("the replacement of image %r was cut short; it is completed", note.name)
-                by.sync()  # a rename that a hung disk cut short may be in its caches only
-                datadir.unlink(note.name)
-                datadir.sync()
-        datadir.forget_replaced(note)
+    def _finish_replacement(self, holder: Datadir, note: Replaced) -> None:
+        """Do what a note asks for; take it away, unless it may still be done later."""
+        try:
+            old, new = self._askable(note.old_in), self._askable(note.new_in)
+            if new and not _has(new, note.name, lambda found: found.is_same(note.new)):
+                pass  # it never got the name, or that is another file by now
+            elif old and not _has(old, note.name, lambda found: found.is_unchanged(note.old)):
+                pass  # it is gone, or has been used on its own; then both are kept
+            elif old and new and old.writable and not self._is_live(old, note.name):
+                _give_way(old, new, note)
+            else:
+                log.warning("the replacement of image %r is to be completed later: one of its copies is not at hand",
+                            note.name)  # fmt: skip
+                return
+            holder.forget_replaced(note)
+        except OSError as error:
+            log.warning("the replacement of image %r can't be completed: %s", note.name, error.strerror)
+
+    def _askable(self, called: str) -> Datadir | None:
+        """The datadir that a note calls so; None where it can't be asked now, or is none of this store any more."""
+        return next((datadir for datadir in self.online() if called in (datadir.marked_as, datadir.path)), None)
+
+    def _is_live(self, datadir: Datadir, name: str) -> bool:
+        status = datadir.find(name)
+        with self._table_lock:
+            return status is not None and key_of(status) in self._live
+
+
+def _has(datadir: Datadir, name: str, is_meant: Callable[[Inode], bool]) -> bool:
+    """Whether a name leads to a file that is meant."""
+    found = datadir.inode(name)
+    return found is not None and is_meant(found)
+
+
+def _give_way(old: Datadir, new: Datadir, note: Replaced) -> None:
+    """Remove the old copy of an image, the new one being there."""
+    log.warning("the replacement of image %r was cut short; it is completed with that in %s", note.name, new.path)
+    new.sync()  # what a hung disk or a killed daemon cut short may be in caches only
+    links = old.status(note.name).st_nlink
+    old.unlink(note.name)
+    if links == 1:
+        old.xattrs.forget(note.old.number)
+    old.sync()
 
 
 def _entries(datadir: Datadir) -> Iterator[Entry]:

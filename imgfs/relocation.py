@@ -19,7 +19,7 @@ from typing import Any
 
 from imgfs import sparse
 from imgfs.datadir import FULL_ERRNOS, Datadir
-from imgfs.errors import ImageChanging, Interrupted, StorageFull
+from imgfs.errors import ImageChanging, ImageNotFound, Interrupted, StorageFull
 from imgfs.hashing import Stop, never
 from imgfs.image import Image
 from imgfs.namespace import Namespace, Owner, Promise, give
@@ -119,14 +119,17 @@ class Relocator:
     def _copy(self, image: Image, promise: Promise, end: int) -> None:
         with contextlib.closing(Transit(promise.datadir)) as transit:
             self._fill(image, transit, promise, end)
-            self._namespace.replace_file(image, transit)
+            try:
+                self._namespace.replace_file(image, transit, lambda: _follow(image, transit))
+            except ImageNotFound:
+                self._require_wanted(image)  # it may have been removed right now
+                raise
 
     def _fill(self, image: Image, transit: Transit, promise: Promise, end: int) -> None:
         """Make the file in transit equal to the image, on stable storage."""
         fd, before = transit.fd, image.status()
         finish: Callable[..., Any] = transit.datadir.finish
-        mode, owner = stat.S_IMODE(before.st_mode), Owner(before.st_uid, before.st_gid)
-        finish(_give, fd, mode, owner)  # now, so that it counts against their quota
+        finish(_give, fd, before)  # now, so that it counts against their quota
         finish(os.ftruncate, fd, max(end, before.st_size))  # some filesystems can't take a file so long
         _copy_xattrs(image, transit)
 
@@ -142,7 +145,7 @@ class Relocator:
         watched = (image.datadir.finish, finish) if transit.datadir.is_watched else ()
         sparse.copy(image.fd, fd, progress, *watched)
         finish(os.ftruncate, fd, before.st_size)
-        finish(_give, fd, mode, owner)  # writing may have taken set-id bits away
+        _follow(image, transit)
         finish(set_times, proc_path(fd), (before.st_atime_ns, before.st_mtime_ns))
         finish(os.fsync, fd)
         after = image.status()
@@ -173,13 +176,30 @@ class Relocator:
                 self._lock.notify_all()
 
 
-def _give(fd: int, mode: int, owner: Owner) -> None:
-    give(fd, os.fstat(fd), mode, owner)
+def _give(fd: int, model: os.stat_result) -> None:
+    """Give an open file the owner and mode of another."""
+    give(fd, os.fstat(fd), stat.S_IMODE(model.st_mode), Owner(model.st_uid, model.st_gid))
+
+
+def _follow(image: Image, transit: Transit) -> None:
+    """Do to the file in transit what was done to the image's owner, mode and attributes meanwhile.
+
+    Writing may have taken set-id bits away, too.
+    """
+    transit.datadir.finish(_give, transit.fd, image.status())
+    _copy_xattrs(image, transit)
 
 
 def _copy_xattrs(image: Image, transit: Transit) -> None:
     """The record goes with the others: it has no digests while the image is written, but what is expected of it."""
-    xattrs = image.datadir.xattrs
-    for name in xattrs.list(image.path_fd):
-        if name.startswith("user."):
-            transit.datadir.xattrs.set(transit.fd, name, xattrs.get(image.path_fd, name))
+    wanted, there = _user_xattrs(image.datadir, image.path_fd), _user_xattrs(transit.datadir, transit.fd)
+    for name in there.keys() - wanted.keys():
+        transit.datadir.xattrs.remove(transit.fd, name)
+    for name, value in wanted.items():
+        if there.get(name) != value:
+            transit.datadir.xattrs.set(transit.fd, name, value)
+
+
+def _user_xattrs(datadir: Datadir, fd: int) -> dict[str, bytes]:
+    xattrs = datadir.xattrs
+    return {name: xattrs.get(fd, name) for name in xattrs.list(fd) if name.startswith("user.")}

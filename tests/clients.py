@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from imgfs import mounts
+from imgfs.datadir import Datadir
 from tests.conftest import WAIT_SECONDS, Mounted, Mounter, attribute, run, wait_until
 
 MIB = 1 << 20
@@ -101,3 +102,11 @@ def fill(directory: Path, leave_bytes: int) -> None:
     numbers = os.statvfs(directory)
     with open(directory / ".filled" / "file", "wb") as file:
         os.posix_fallocate(file.fileno(), 0, numbers.f_bavail * numbers.f_frsize - leave_bytes)
+
+
+def note_replaced(old_in: Datadir, name: str, new_in: Datadir, new_name: str) -> None:
+    """Note in a datadir that an image there gives way to one of another datadir, as a rename over it begins."""
+    old, new = old_in.inode(name), new_in.inode(new_name)
+    assert old is not None
+    assert new is not None
+    old_in.note_replaced(name, old_in, old, new_in, new)

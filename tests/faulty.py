@@ -109,6 +109,10 @@ class FaultyLoopback(Loopback):
             raise OSError(code, os.strerror(code))
         return getattr(self, op)(*args)
 
+    def statx(self, path: str, fh: int | None = None) -> Any:
+        """It does not tell when a file was made."""
+        return self.getattr(path, fh)
+
     def _action(self, op: str, path: str | None) -> str | None:
         if op in NEVER_FAIL:
             return None

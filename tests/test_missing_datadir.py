@@ -19,7 +19,7 @@ import pytest
 from imgfs import DatadirConfig, ImageStore, load, membership
 from imgfs.errors import DatadirError
 from imgfs.identity import look
-from tests.clients import assert_sealed, fails_with, md5, new_image
+from tests.clients import assert_sealed, fails_with, md5, new_image, note_replaced
 from tests.conftest import IMGFS, Mounter, attribute, run, wait_until, write_config
 
 Filesystem = Callable[..., Path]
@@ -338,7 +338,7 @@ def test_replacement_that_was_cut_short_waits_for_the_missing_datadir(
         high, low = store.datadirs
         store.add("x", [b"new"])
         (tmp_path / "low/y").write_bytes(b"old")
-        low.note_replaced("y", high)
+        note_replaced(low, "y", high, "x")
         high.rename("x", "y")
     (tmp_path / missing).rename(tmp_path / "away")
     store = open_store()
@@ -348,6 +348,33 @@ def test_replacement_that_was_cut_short_waits_for_the_missing_datadir(
     wait_until(lambda: not (tmp_path / "low/y").exists(), "the end of the old one")
     assert b"".join(store.read("y")) == b"new"
     assert (tmp_path / "high/y").exists()
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_relocation_that_was_cut_short_is_completed_at_the_return(
+    open_store: Callable[..., ImageStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: bool
+) -> None:
+    """An image went from `high` to `low`, but the old file is still there; or somebody went on writing to that."""
+    monkeypatch.setattr(membership, "LOOK_SECONDS", 0.05)
+    with open_store() as store:
+        high, low = store.datadirs
+        (tmp_path / "high/x").write_bytes(b"part")
+        (tmp_path / "low/x").write_bytes(b"part and more")
+        old, new = high.inode("x"), low.inode("x")
+        assert old
+        assert new
+        low.note_replaced("x", high, old, low, new)
+    (tmp_path / "high").rename(tmp_path / "away")
+    store = open_store()
+    assert b"".join(store.read("x")) == b"part and more"
+    if changed:
+        (tmp_path / "away/x").write_bytes(b"precious")
+    (tmp_path / "away").rename(tmp_path / "high")
+    wait_until(lambda: not list((tmp_path / "low/.imgfs").glob("replaced-*")), "the end of the note")
+    store.close()
+    assert (tmp_path / "high/x").exists() == changed
+    assert not changed or (tmp_path / "high/x").read_bytes() == b"precious"
+    assert (tmp_path / "low/x").read_bytes() == b"part and more"
 
 
 def test_datadir_that_is_there_again_but_can_not_be_used_is_tried_again(

@@ -394,7 +394,7 @@ def test_target_without_room_for_the_note_is_passed_over(
 ) -> None:
     second = faulty()
     images = mount([f"{filesystem('tmpfs', 8)}:200", f"{second.path}:100", f"{filesystem('tmpfs', 32)}:50"])
-    second.fault("ENOSPC", "write", name="transit-*.note")
+    second.fault("ENOSPC", "write", name="replaced-*")
     new_image(images / "x", 12 * MIB)
     assert_sealed(images / "x")
     assert datadir_of(images / "x") == "fs1"
@@ -568,6 +568,25 @@ def test_image_removed_during_its_relocation_is_gone(places: list[str], open_sto
     assert store.reserved_bytes(store.datadirs[1]) == 0
 
 
+def test_image_removed_at_the_end_of_its_relocation_is_gone(
+    places: list[str], open_store: OpenStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = open_store(places)
+    handle = store.create("x")
+    follow = relocation._follow
+
+    def removing(image: Image, file: transit.Transit) -> None:
+        follow(image, file)
+        store.delete("x")
+
+    monkeypatch.setattr(relocation, "_follow", removing)
+    with pytest.raises(StorageFull, match="it was removed"):
+        store.allocate(handle, 0, 0, 16 * MIB)
+    store.close_handle(handle)
+    assert [images_in(Path(datadir.path)) for datadir in store.datadirs] == [[], []]
+    assert "another file by now" not in caplog.text
+
+
 def test_kernel_does_not_begin_to_read_a_file_that_is_being_left(
     filesystem: Filesystem, open_store: OpenStore, held: Held
 ) -> None:
@@ -601,6 +620,37 @@ def test_image_opened_during_its_relocation_goes_along(places: list[str], open_s
     assert store.digests("x").checksum == md5(b"late" + content[4:])
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_owner_mode_and_attributes_set_meanwhile_go_along(
+    places: list[str], open_store: OpenStore, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """As another program sets them, during the copy, or when that is about to take the name."""
+    store = open_store(places)
+    handle = store.create("x")
+    owner, method = (transit.Transit, "announce") if late else (relocation.sparse, "copy")
+    call = getattr(owner, method)
+    file = Path(store.datadirs[0].path, "x")
+    os.setxattr(file, "user.gone", b"1")
+
+    def changing(*arguments: object) -> object:
+        os.chown(file, 1234, 1235)
+        os.chmod(file, 0o4604)
+        os.setxattr(file, "user.note", b"new")
+        os.removexattr(file, "user.gone")
+        return call(*arguments)
+
+    monkeypatch.setattr(owner, method, changing)
+    store.allocate(handle, 0, 0, 1)
+    with handle.image.change_lock:
+        store._relocator.relocate(handle.image, 0, MIB, {store.datadirs[0]})
+    store.close_handle(handle)
+    moved = Path(store.datadirs[1].path, "x")
+    status = moved.stat()
+    assert (status.st_uid, status.st_gid, status.st_mode & 0o7777) == (1234, 1235, 0o4604)
+    assert os.getxattr(moved, "user.note") == b"new"
+    assert "user.gone" not in os.listxattr(moved)
+
+
 def test_name_taken_in_the_target_meanwhile_is_left_alone(
     places: list[str], open_store: OpenStore, held: Held, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -614,6 +664,29 @@ def test_name_taken_in_the_target_meanwhile_is_left_alone(
     assert (target / "x").read_bytes() == b"put there directly"
     assert images_in(target) == ["x"]
     assert "can't move to" in caplog.text
+
+
+def test_target_that_can_not_be_synced_keeps_nothing(
+    places: list[str], open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(places)
+    high, low = store.datadirs
+    call = Datadir.sync
+
+    def sync(datadir: Datadir) -> None:
+        if datadir is low:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        call(datadir)
+
+    store.add("x", [b"old"])
+    handle = store.open("x", os.O_RDWR)
+    with monkeypatch.context() as patch, pytest.raises(StorageFull):
+        patch.setattr(Datadir, "sync", sync)
+        store.allocate(handle, 0, 0, 16 * MIB)
+    assert images_in(Path(low.path)) == []
+    store.close_handle(handle)
+    assert images_in(Path(high.path)) == ["x"]
+    assert b"".join(store.read("x"))[:3] == b"old"
 
 
 def test_closing_the_store_gives_a_relocation_up(places: list[str], open_store: OpenStore, held: Held) -> None:
@@ -812,13 +885,18 @@ def test_crash_at_any_step_leaves_one_copy(
     assert len(content) >= 6 * MIB
     assert set(content[3 * MIB :]) == set(b"n")
     assert store.digests("x").checksum == md5(content)
-    assert not [name for place in places for name in os.listdir(place / ".imgfs") if name.startswith("transit-")]
+    assert not [
+        name
+        for place in places
+        for name in os.listdir(place / ".imgfs")
+        if name.startswith(("transit-", "replaced-"))
+    ]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"7", b'{"name": "78"}', b'{"name": "..", "ino": 1}', b"[" * 100_000])
 def test_damaged_leftovers_keep_no_store_from_opening(open_store: OpenStore, tmp_path: Path, content: bytes) -> None:
     open_store().close()
-    (tmp_path / "high/.imgfs/transit-1.note").write_bytes(content)
+    (tmp_path / "high/.imgfs/replaced-1").write_bytes(content)
     (tmp_path / "high/.imgfs/transit-1").write_bytes(b"half an image")
     (tmp_path / "high/.imgfs/transit-2").symlink_to(tmp_path / "elsewhere")
     open_store()
@@ -829,8 +907,11 @@ def test_note_spares_another_file_of_that_name(open_store: OpenStore, tmp_path: 
     open_store().close()
     (tmp_path / "high/x").write_bytes(b"moved")
     (tmp_path / "low/x").write_bytes(b"another")
-    note = transit.Arrival("x", (tmp_path / "high/x").stat().st_ino, str(tmp_path / "low"), 1)
-    (tmp_path / "high/.imgfs/transit-1.note").write_bytes(note.encode())
+    with open_store() as store:
+        high, low = store.datadirs
+        moved = high.inode("x")
+        assert moved
+        high.note_replaced("x", low, moved, high, moved)
     open_store()
     assert ((tmp_path / "high/x").read_bytes(), (tmp_path / "low/x").read_bytes()) == (b"moved", b"another")
 

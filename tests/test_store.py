@@ -32,6 +32,7 @@ from imgfs.errors import (
     WriteDenied,
 )
 from imgfs.image import Image
+from tests.clients import note_replaced
 from tests.conftest import run, wait_until
 
 MIB = 1 << 20
@@ -810,6 +811,31 @@ def test_steps_of_a_replacement_are_durable_one_after_the_other(
     assert steps == ["note_replaced low", "rename high", "sync high", "unlink low", "sync low", "forget_replaced low"]
 
 
+@pytest.mark.parametrize("step", ["sync", "unlink"])
+def test_replacement_that_fails_changes_nothing(
+    open_store: OpenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    with open_store() as store:
+        (tmp_path / "high/x").write_bytes(b"new")
+        (tmp_path / "low/y").write_bytes(b"old")
+        failing = tmp_path / ("high" if step == "sync" else "low")
+        call = getattr(Datadir, step)
+
+        def failing_call(datadir: Datadir, *arguments: object) -> object:
+            if datadir.path == str(failing):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return call(datadir, *arguments)
+
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output error"):
+            patch.setattr(Datadir, step, failing_call)
+            store.rename("x", "y")
+        assert (content(store, "x"), content(store, "y")) == (b"new", b"old")
+        assert (files(tmp_path / "high"), files(tmp_path / "low")) == (["x"], ["y"])
+        assert notes(tmp_path / "low") == []
+        (tmp_path / "low/y").write_bytes(b"changed later")
+    assert content(open_store(), "y") == b"changed later"
+
+
 def test_interrupted_replacement_is_completed_at_the_next_start(
     open_store: OpenStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -817,7 +843,7 @@ def test_interrupted_replacement_is_completed_at_the_next_start(
         (tmp_path / "high/x").write_bytes(b"new")
         (tmp_path / "low/y").write_bytes(b"old")
         high, low = store.datadirs
-        low.note_replaced("y", store.datadirs[0])
+        note_replaced(low, "y", high, "x")
         high.rename("x", "y")
     again = open_store()
     assert files(tmp_path / "high", tmp_path / "low") == ["y"]
@@ -830,22 +856,52 @@ def test_replacement_that_was_never_begun_changes_nothing(open_store: OpenStore,
     with open_store() as store:
         (tmp_path / "high/x").write_bytes(b"new")
         (tmp_path / "low/y").write_bytes(b"old")
-        store.datadirs[1].note_replaced("y", store.datadirs[0])
+        high, low = store.datadirs
+        note_replaced(low, "y", high, "x")
     again = open_store()
     assert (content(again, "x"), content(again, "y")) == (b"new", b"old")
     assert notes(tmp_path / "low") == []
 
 
-def test_note_of_a_replacement_spares_another_file_of_that_name(open_store: OpenStore, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("where", "how"), [("low", "another"), ("low", "changed"), ("high", "another")])
+def test_note_of_a_replacement_means_two_files_exactly(
+    open_store: OpenStore, tmp_path: Path, where: str, how: str
+) -> None:
     with open_store() as store:
         (tmp_path / "low/y").write_bytes(b"old")
-        store.datadirs[1].note_replaced("y", store.datadirs[0])
-    os.link(tmp_path / "low/y", tmp_path / "kept")  # so that its inode number is not used again
-    (tmp_path / "low/y").unlink()
-    (tmp_path / "low/y").write_bytes(b"other")
-    (tmp_path / "high/y").write_bytes(b"new")
+        (tmp_path / "high/x").write_bytes(b"new")
+        high, low = store.datadirs
+        note_replaced(low, "y", high, "x")
+        high.rename("x", "y")
+    changed = tmp_path / where / "y"
+    if how == "another":
+        os.link(changed, tmp_path / "kept")  # so that its inode number is not used again
+        changed.unlink()
+    changed.write_bytes(b"other")
     open_store()
-    assert (tmp_path / "low/y").read_bytes() == b"other"
+    assert changed.read_bytes() == b"other"
+    assert files(tmp_path / "high", tmp_path / "low") == ["y", "y"]
+    assert notes(tmp_path / "low") == []
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_disks_that_changed_places_after_a_crash_lose_nothing(
+    open_store: OpenStore, tmp_path: Path, renamed: bool
+) -> None:
+    with open_store() as store:
+        (tmp_path / "high/x").write_bytes(b"new")
+        (tmp_path / "low/y").write_bytes(b"old")
+        high, low = store.datadirs
+        note_replaced(low, "y", high, "x")
+        if renamed:
+            high.rename("x", "y")
+    for old, new in ("high", "away"), ("low", "high"), ("away", "low"):
+        (tmp_path / old).rename(tmp_path / new)
+    again = open_store()
+    assert {name: content(again, name) for name in again.names()} == (
+        {"y": b"new"} if renamed else {"x": b"new", "y": b"old"}
+    )
+    assert notes(tmp_path / "high") == []
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"7", b'{"name": "79"}', b'{"name": "..", "ino": 1}', b"[" * 100_000])
