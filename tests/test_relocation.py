@@ -33,7 +33,7 @@ from tests.clients import (
     opened,
     run_as,
 )
-from tests.conftest import FaultyMaker, Mounter, attribute, run, wait_until, write_config
+from tests.conftest import FaultyMaker, Mounted, Mounter, attribute, run, wait_until, write_config
 
 Filesystem = Callable[..., Path]
 OpenStore = Callable[..., ImageStore]
@@ -732,7 +732,7 @@ def test_writer_that_is_killed_does_not_wait_for_the_relocation(
     new_image(tmp_path / "source", 80 * MIB)
     slow.fault("hang", "write", "copy_file_range", "copy_file_range_64")
     with subprocess.Popen(["cp", tmp_path / "source", images / "x"]) as writer:
-        wait_until(slow.hanging, "the relocation")
+        wait_until(lambda: relocating(images) and slow.hanging(), "the relocation")
         writer.send_signal(signal.SIGINT)
         wait_until(lambda: is_dying(writer.pid) or writer.poll() is not None, "the signal")
         time.sleep(1)  # the daemon is to hear of it, too
@@ -751,7 +751,7 @@ def test_signal_that_ends_no_writer_ends_no_relocation(
     slow.fault("hang", "write", "copy_file_range", "copy_file_range_64")
     writing = ["dd", "if=/dev/urandom", f"of={images / 'x'}", "bs=1M", "count=12"]
     with subprocess.Popen(writing, stderr=subprocess.PIPE) as writer:
-        wait_until(slow.hanging, "the relocation")
+        wait_until(lambda: relocating(images) and slow.hanging(), "the relocation")
         for _ in range(3):
             writer.send_signal(signal.SIGUSR1)
         slow.heal()
@@ -759,6 +759,11 @@ def test_signal_that_ends_no_writer_ends_no_relocation(
     assert writer.returncode == 0, told
     assert_sealed(images / "x")
     assert (images / "x").stat().st_size == 12 * MIB
+
+
+def relocating(images: Mounted) -> bool:
+    """Whether a relocation has begun: other writes to a datadir may hang, too, such as those of its lists."""
+    return "moves from" in images.log.read_text()
 
 
 def pending(pid: int, number: signal.Signals) -> bool:
@@ -773,7 +778,7 @@ def test_unmounting_gives_a_relocation_up(faulty: FaultyMaker, filesystem: Files
     images.expect_warning("is in use|still being worked on|ends all the same|is removed")
     slow.fault("hang", "write", "copy_file_range", "copy_file_range_64")
     with subprocess.Popen(["dd", "if=/dev/urandom", f"of={images / 'x'}", "bs=1M", "status=none"]) as writer:
-        wait_until(slow.hanging, "the relocation")
+        wait_until(lambda: relocating(images) and slow.hanging(), "the relocation")
         images.daemon.send_signal(signal.SIGTERM)
         if "kernel" in images.daemon.args:
             writer.wait(30)
