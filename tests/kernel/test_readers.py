@@ -147,6 +147,9 @@ def test_a_thread_that_could_not_be_started_is_made_up_for_later(served, monkeyp
             raise RuntimeError("can't start new thread")
         start(thread)
 
+    served.send(abi.FUSE_STATFS)
+    wait_until(lambda: served.answered == [abi.FUSE_STATFS])  # the first thread is at work
+    served.answered.clear()
     monkeypatch.setattr(threading.Thread, "start", fail_once)
     served.send(abi.FUSE_GETXATTR)
     wait_until(lambda: failures and served.waiting)
