@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 from imgfs.fuse_ops import ImageOperations
-from imgfs.kernel import KernelSession, MountOptions, RequestContext, why_unavailable
+from imgfs.kernel import Found, KernelSession, MountOptions, RequestContext, why_unavailable
 
 __all__ = ["NAME", "KernelTransport", "why_unavailable"]
 
@@ -89,14 +89,14 @@ class KernelTransport:
         if not name:
             self._session.invalidate_root()
             return
+        self._session.look_again(name, lambda: self._find(name), data=data)
+
+    def _find(self, name: str) -> Found | None:
         try:
             status = self._operations.find(name)
         except OSError:
-            status = None
-        if status is None:
-            self._session.look_again(name, None, data=data)
-        else:
-            self._session.look_again(name, status["identity"], links=status["st_nlink"], data=data)
+            return None
+        return status and Found(status["identity"], status["st_nlink"])
 
 
 @contextlib.contextmanager

@@ -14,9 +14,9 @@ from imgfs.kernel import device
 from imgfs.kernel.context import RequestContext
 from imgfs.kernel.mount import MountOptions, fusermount
 from imgfs.kernel.operations import Caller, Operations
-from imgfs.kernel.session import KernelSession
+from imgfs.kernel.session import Found, KernelSession
 
-__all__ = ["Caller", "KernelSession", "MountOptions", "Operations", "RequestContext", "why_unavailable"]
+__all__ = ["Caller", "Found", "KernelSession", "MountOptions", "Operations", "RequestContext", "why_unavailable"]
 
 
 def why_unavailable() -> str | None:

@@ -25,6 +25,8 @@ from imgfs.kernel.replies import Attributes, Timeouts
 from imgfs.kernel.requests import Header
 
 LONG_S = 60
+CHANGE_WAIT_S = 1.0
+ATTEMPTS = 5
 RENAME_NOREPLACE = 1 << 0
 RENAME_EXCHANGE = 1 << 1
 UTIME_NOW = 0x3FFFFFFF
@@ -33,8 +35,6 @@ UTIME_OMIT = 0x3FFFFFFE
 # What os.fsdecode() uses.
 _ENCODING, _ERRORS = sys.getfilesystemencoding(), sys.getfilesystemencodeerrors()
 _RELEASE_WAIT_S = 0.02
-_CHANGE_WAIT_S = 1.0
-_ATTEMPTS = 5
 _MAX_COPY = 0xFFFFF000  # the reply to COPY_FILE_RANGE has 32 bits
 _NS = 1_000_000_000
 _NOT_OURS = (b"security.", b"system.")
@@ -77,7 +77,7 @@ class Filesystem:
 
     def lookup(self, header: Header, request: requests.Name) -> Payload:
         path = self._child(header, request.name)
-        for attempt in range(_ATTEMPTS):
+        for attempt in range(ATTEMPTS):
             known = self._nodes.find(path)
             try:
                 attr = self._call("getattr", path, None)
@@ -88,9 +88,9 @@ class Filesystem:
             node = self._nodes.look_up(path, _identity(attr))
             if self._nodes.steady(path) and (known is node or known is None or known.path is None):
                 return replies.entry_out(node.nodeid, self._timeouts, attr)
-            if attempt < _ATTEMPTS - 1:
+            if attempt < ATTEMPTS - 1:
                 self._nodes.forget([(node.nodeid, 1)])
-                self._nodes.wait_steady(path, _CHANGE_WAIT_S)
+                self._nodes.wait_steady(path, CHANGE_WAIT_S)
         return replies.entry_out(node.nodeid, replies.NEVER, attr)
 
     def forget(self, header: Header, request: requests.ForgetIn) -> Payload:
@@ -377,8 +377,8 @@ class Filesystem:
 
         Gives the value, and whether it surely belongs to the node.
         """
-        for attempt in range(_ATTEMPTS):
-            last = attempt == _ATTEMPTS - 1
+        for attempt in range(ATTEMPTS):
+            last = attempt == ATTEMPTS - 1
             path, handle = self._target(node, fh)
             try:
                 value = act(path, handle)
@@ -389,7 +389,7 @@ class Filesystem:
                 if self._is_still(node, path):
                     return value, True
             if not last:
-                self._nodes.wait_steady(path, _CHANGE_WAIT_S)
+                self._nodes.wait_steady(path, CHANGE_WAIT_S)
         return value, False
 
     def _attr(self, node: Node, fh: int | None, operation: str = "getattr") -> tuple[Attributes, Timeouts]:
@@ -422,7 +422,7 @@ class Filesystem:
 
     def _open_steadily(self, node: Node, flags: int) -> tuple[str | None, int]:
         """Open by name, again if the name went to another image meanwhile; by a handle where there is no name."""
-        for _ in range(_ATTEMPTS):
+        for _ in range(ATTEMPTS):
             path = node.path
             if path is None:
                 return None, self._reopen(node, flags)
@@ -435,7 +435,7 @@ class Filesystem:
                 if self._is_still(node, path):
                     return path, fh
                 self._call("release", path, fh)
-            self._nodes.wait_steady(path, _CHANGE_WAIT_S)
+            self._nodes.wait_steady(path, CHANGE_WAIT_S)
         raise _error(errno.ESTALE)
 
     def _reopen(self, node: Node, flags: int) -> int:

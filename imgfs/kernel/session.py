@@ -18,7 +18,7 @@ from imgfs.errors import MountError
 from imgfs.kernel import abi, mount, negotiation, replies, requests
 from imgfs.kernel.context import RequestContext
 from imgfs.kernel.device import Device, Payload
-from imgfs.kernel.filesystem import Filesystem
+from imgfs.kernel.filesystem import ATTEMPTS, CHANGE_WAIT_S, Filesystem
 from imgfs.kernel.handles import Handles
 from imgfs.kernel.mount import MountOptions
 from imgfs.kernel.negotiation import Agreed, UnsupportedProtocol, Wants
@@ -52,6 +52,13 @@ _ASKS = frozenset(
     }
 )
 _NEVER_ON_THIS_MOUNT = frozenset({errno.EPERM, errno.ENOTTY, errno.EOPNOTSUPP, errno.ENOSYS})
+
+
+class Found(NamedTuple):
+    """The file that a name leads to: what tells it apart from others, and how many names it has."""
+
+    ino: int
+    links: int
 
 
 class Route(NamedTuple):
@@ -172,16 +179,18 @@ class KernelSession:
         """
         self._notifier.send(replies.inc_epoch() if self._has_epochs else notification)
 
-    def look_again(self, name: str, ino: int | None, *, links: int = 1, data: bool) -> None:
-        """Something happened to a name behind the kernel's back; `ino` is what it leads to now, None: nothing.
-
-        `links` is the number of names that the file has: a new one is news for the others.
-        """
-        node = self._nodes.find(ROOT_PATH + name)
+    def look_again(self, name: str, find: Callable[[], Found | None], *, data: bool) -> None:
+        """Something happened to a name behind the kernel's back, if no request did it; `find` tells what it is now."""
+        path = ROOT_PATH + name
+        for _ in range(ATTEMPTS):
+            node, found = self._nodes.find(path), find()
+            if self._nodes.steady(path) and self._nodes.find(path) is node:
+                break
+            self._nodes.wait_steady(path, CHANGE_WAIT_S)
         if node is None:
-            for other in self._nodes.of_file(ino) if links > 1 else ():
+            for other in self._nodes.of_file(found.ino) if found and found.links > 1 else ():
                 self._notifier.send(replies.inval_inode(other.nodeid, -1, 0))
-        elif ino is None or node.ino not in (None, ino):
+        elif found is None or node.ino not in (None, found.ino):
             self.name_removed(name)
         else:
             self.invalidate(name, data=data)

@@ -2,13 +2,14 @@
 
 import errno
 import os
+import threading
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imgfs.kernel import KernelSession, RequestContext, abi
+from imgfs.kernel import Found, KernelSession, RequestContext, abi, replies
 from imgfs.kernel.opcodes import OPCODES, SILENT
 
 NUMBERS = ("ino", "mode", "nlink", "uid", "gid", "size", "blocks", "blksize", "atime", "mtime", "ctime")
@@ -40,6 +41,16 @@ def operations(op: str, *_args: Any) -> Any:
     if op == "lseek":
         raise OSError("without an errno")
     return answers.get(op)
+
+
+class Notes:
+    """In place of a `Notifier`."""
+
+    def __init__(self) -> None:
+        self.sent: list[bytes] = []
+
+    def send(self, notification: bytes) -> None:
+        self.sent.append(notification)
 
 
 class Talk:
@@ -107,6 +118,35 @@ def test_lookup_counts_until_forgotten() -> None:
     assert entry[:8] == (2).to_bytes(8, "little")
     assert talk.say(abi.FUSE_FORGET, (1).to_bytes(8, "little"), nodeid=2) is None
     assert talk.say(abi.FUSE_GETATTR, bytes(16), nodeid=2) == errno.ESTALE
+
+
+@pytest.mark.parametrize("removed_here", [True, False])
+def test_the_kernel_need_not_ask_again_about_what_a_request_removed(removed_here: bool) -> None:
+    talk = Talk()
+    session, notes = talk.session, Notes()
+    session._notifier, session._has_epochs = notes, True  # type: ignore[assignment]
+    there = True
+    watcher = threading.Thread(
+        target=lambda: session.look_again("a", lambda: Found(1, 1) if there else None, data=False)
+    )
+
+    def remove(op: str, *args: Any) -> Any:
+        nonlocal there
+        if op != "unlink":
+            return operations(op, *args)
+        there = False
+        watcher.start()
+        watcher.join(0.2)  # it is told while the request is under way
+        return None
+
+    session._filesystem._call = remove
+    talk.say(abi.FUSE_LOOKUP, b"a\0")
+    if removed_here:
+        talk.say(abi.FUSE_UNLINK, b"a\0")
+    else:
+        remove("unlink")
+    watcher.join()
+    assert (replies.inc_epoch() in notes.sent) is not removed_here
 
 
 def test_reading_the_directory_goes_on_where_it_stopped() -> None:
