@@ -38,8 +38,8 @@ log = logging.getLogger(__name__)
 
 ROOT = "/"
 ROOT_INO = 1
-BLOCK_BYTES = 128 << 10
-"""What stat(2) shows as the best size of a read or write: a whole request."""
+BLOCK_BYTES = 1 << 20
+"""What stat(2) shows as the best size of a read or write, which cp(1) and cat(1) then use: a whole request."""
 STATFS_BLOCK_BYTES = 4096
 COPY_BYTES = 128 << 20
 RELEASED_SECONDS = 2.0

@@ -15,7 +15,7 @@ from tests.clients import MIB, assert_sealed, new_image
 from tests.conftest import Mounted, Mounter, run, wait_until
 
 IMAGES = 50
-CP_BYTES = 128 << 10  # what cp(1) writes at a time (coreutils, src/ioblksize.h)
+CP_BYTES = MIB  # what cp(1) writes at a time: st_blksize, if that is more than its own 128 KiB
 QEMU_BYTES = 2 * MIB
 
 pytestmark = pytest.mark.parametrize("mount", ["kernel"], indirect=True)
