@@ -96,7 +96,7 @@ class KernelTransport:
             status = self._operations.find(name)
         except OSError:
             return None
-        return status and Found(status["identity"], status["st_nlink"])
+        return None if status is None else Found(status["identity"], status["st_nlink"])
 
 
 @contextlib.contextmanager
