@@ -1,7 +1,7 @@
 """The few system calls that the standard library lacks, through the C library, with errors as OSError.
 
-fallocate(2) with its modes (posix_fallocate would write zeros where the filesystem can't), renameat2(2),
-the birth time that statx(2) knows, and what proc(5) says of a process that is being ended.
+fallocate(2) with its modes (posix_fallocate would write zeros where the filesystem can't), sync_file_range(2),
+renameat2(2), the birth time that statx(2) knows, and what proc(5) says of a process that is being ended.
 """
 
 import ctypes
@@ -17,6 +17,7 @@ RENAME_NOREPLACE = 1 << 0  # include/uapi/linux/fs.h
 RENAME_EXCHANGE = 1 << 1
 NO_RENAME_FLAGS = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
 """What a filesystem says that knows none of these."""
+_SYNC_FILE_RANGE_WRITE = 2  # include/uapi/linux/fs.h
 _AT_EMPTY_PATH = 0x1000
 _STATX_BTIME = 0x800  # include/uapi/linux/stat.h, as are the size and the places in struct statx
 _STATX_BYTES = 256
@@ -25,6 +26,7 @@ _STX_BTIME = struct.Struct("=80xqI")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 _libc.statx.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p)
 _libc.renameat2.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
 
@@ -32,6 +34,14 @@ _libc.renameat2.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     """fallocate(2); raises OSError, EOPNOTSUPP where the filesystem can't do what `mode` asks for."""
     _check(_libc.fallocate(fd, mode, offset, length))
+
+
+def start_writeback(fd: int, offset: int, length: int) -> None:
+    """Have what was written there go to the disk, without waiting for it (sync_file_range(2)); raises OSError.
+
+    It promises nothing: an error of the disk is still there for fsync(2) to tell.
+    """
+    _check(_libc.sync_file_range(fd, offset, length, _SYNC_FILE_RANGE_WRITE))
 
 
 def exchange(directory_fd: int, one: str, other: str) -> None:

@@ -1,6 +1,7 @@
 """Sealing: the record comes last and only for what is on stable storage; whoever changes the image wins."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import random
@@ -14,7 +15,7 @@ import pytest
 
 from imgfs import Handle, ImageStore, State, hashing, record, sealing
 from imgfs.errors import Interrupted, NotPermitted
-from imgfs.image import Image
+from imgfs.image import WRITEBACK_BYTES, Image
 from imgfs.times import UTIME_NOW, UTIME_OMIT
 from imgfs.workers import Workers
 from imgfs.xattrs import NativeXattrs
@@ -165,6 +166,35 @@ def test_image_whose_bytes_can_not_be_synced_gets_no_record(
     assert store.state("x") is State.STALE
     assert "image 'x'" in caplog.text
     assert "sealing failed: " in caplog.text
+
+
+@pytest.mark.parametrize("piece", [MIB, 1_000_003])
+def test_disk_is_at_work_while_an_image_is_still_being_written(
+    filesystem: Callable[..., Path], open_store: OpenStore, piece: int
+) -> None:
+    """So that a seal need not wait for all bytes; left alone, Linux begins after 30 s (dirty_expire_centisecs)."""
+    place = filesystem("ext4", 64)
+    store = open_store([place])
+    disk = place.with_name(place.name.replace("fs", "disk"))
+    before = disk.stat().st_blocks * 512
+    handle = store.create("x")
+    for offset in range(0, 40 * MIB, piece):
+        handle.write(CONTENT[:piece], offset)
+    deadline = time.monotonic() + 10
+    while disk.stat().st_blocks * 512 < before + 2 * WRITEBACK_BYTES:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    store.close_handle(handle)
+
+
+def test_disk_that_can_not_begin_early_is_told_to_nobody(store: ImageStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: int) -> None:
+        raise OSError(errno.EIO, "no early writing here")
+
+    monkeypatch.setattr("imgfs.image.start_writeback", fail)
+    content = bytes(WRITEBACK_BYTES + 1)
+    write(store, "x", (0, content))
+    assert store.digests("x").checksum == md5(content)
 
 
 # --- what was hashed is what is there ---
