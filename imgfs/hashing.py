@@ -9,7 +9,9 @@ lock sees to that). Lanes and byte counts are guarded by the pool's lock. Queued
 and for all together; a writer that is ahead of the hashes waits.
 """
 
+import contextlib
 import hashlib
+import itertools
 import os
 import threading
 from collections import deque
@@ -18,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from imgfs.errors import ImageChanging, Interrupted
+from imgfs.linux import take_short_turns
 from imgfs.sparse import data_spans
 
 CHECKSUM_ALGO = "md5"
@@ -28,7 +31,8 @@ POOL_QUEUE_BYTES = 64 << 20
 BATCH_BYTES = 4 << 20
 HOLE_BATCH_BYTES = 64 << 20
 STOP_SECONDS = 0.1  # how often a wait asks whether it is still wanted
-_ZEROS = bytes(1 << 20)
+PIECE_BYTES = 256 << 10  # takes md5(1) a third of a millisecond
+_ZEROS = bytes(PIECE_BYTES)
 
 
 class Verifier(Protocol):
@@ -85,12 +89,19 @@ def _new(algo: str) -> "hashlib._Hash":
 
 
 def _update(state: "hashlib._Hash", chunk: Chunk) -> None:
-    if not isinstance(chunk, Hole):
-        state.update(chunk)
-        return
-    for _ in range(chunk.length // len(_ZEROS)):
-        state.update(_ZEROS)
-    state.update(memoryview(_ZEROS)[: chunk.length % len(_ZEROS)])
+    """Piece by piece: in between, requests that wait for the CPU get it, long before the scheduler would say so."""
+    for piece in _pieces(chunk):
+        state.update(piece)
+        os.sched_yield()
+
+
+def _pieces(chunk: Chunk) -> Iterator[bytes | memoryview]:
+    if isinstance(chunk, Hole):
+        yield from itertools.repeat(_ZEROS, chunk.length // PIECE_BYTES)
+        yield memoryview(_ZEROS)[: chunk.length % PIECE_BYTES]
+    else:
+        for start in range(0, len(chunk), PIECE_BYTES):
+            yield memoryview(chunk)[start : start + PIECE_BYTES]
 
 
 def _queue_bytes(chunk: Chunk) -> int:
@@ -201,6 +212,8 @@ class HashPool:
         return queued + length <= STREAM_QUEUE_BYTES and self._queued_bytes + length <= POOL_QUEUE_BYTES
 
     def _run(self) -> None:
+        with contextlib.suppress(OSError):
+            take_short_turns()
         while (lane := self._next()) is not None:
             with self._lock:
                 batch = lane.take()

@@ -1,12 +1,14 @@
 """The few system calls that the standard library lacks, through the C library, with errors as OSError.
 
 fallocate(2) with its modes (posix_fallocate would write zeros where the filesystem can't), sync_file_range(2),
-renameat2(2), the birth time that statx(2) knows, and what proc(5) says of a process that is being ended.
+renameat2(2), the birth time that statx(2) knows, what proc(5) says of a process that is being ended,
+and what a thread can do to be in nobody's way.
 """
 
 import ctypes
 import errno
 import os
+import platform
 import signal
 import struct
 
@@ -23,6 +25,12 @@ _STATX_BTIME = 0x800  # include/uapi/linux/stat.h, as are the size and the place
 _STATX_BYTES = 256
 _STX_MASK = struct.Struct("=I")
 _STX_BTIME = struct.Struct("=80xqI")
+_IOPRIO_WHO_PROCESS, _IOPRIO_CLASS_IDLE, _IOPRIO_CLASS_SHIFT = 1, 3, 13  # include/uapi/linux/ioprio.h
+_SCHED_ATTR = struct.Struct("=IIQiIQQQ")  # include/uapi/linux/sched/types.h, up to sched_period
+_SHORT_TURN_NS = 100_000  # the shortest there is
+# The C library has no functions for these (include/uapi/asm-generic/unistd.h and the tables of each architecture).
+_IOPRIO_SET = {"x86_64": 251, "aarch64": 30, "riscv64": 30, "ppc64le": 273, "s390x": 282}
+_SCHED_SETATTR = {"x86_64": 314, "aarch64": 274, "riscv64": 274, "ppc64le": 355, "s390x": 345}
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
@@ -65,6 +73,23 @@ def birth_time_ns(fd: int) -> int | None:
     return int(seconds) * 1_000_000_000 + int(nanoseconds)
 
 
+def use_idle_io_priority() -> None:
+    """Have the calling thread's reads wait until no other process wants the disk (ioprio_set(2)); raises OSError."""
+    idle = _IOPRIO_CLASS_IDLE << _IOPRIO_CLASS_SHIFT
+    _check(_libc.syscall(_number(_IOPRIO_SET), _IOPRIO_WHO_PROCESS, 0, idle))
+
+
+def take_short_turns() -> None:
+    """Give the calling thread the CPU for short whiles, as often as is fair (sched_setattr(2)); raises OSError.
+
+    A sched_yield(2) then costs it no more than such a while. Linux has this since 6.12; before, nothing changes.
+    """
+    if os.sched_getscheduler(0) == os.SCHED_OTHER:
+        nice = os.getpriority(os.PRIO_PROCESS, 0)
+        attributes = _SCHED_ATTR.pack(_SCHED_ATTR.size, os.SCHED_OTHER, 0, nice, 0, _SHORT_TURN_NS, 0, 0)
+        _check(_libc.syscall(_number(_SCHED_SETATTR), 0, attributes, 0))
+
+
 def is_dying(pid: int) -> bool:
     """Whether a process, or thread, is gone or being ended by a signal: the kernel then has a SIGKILL pending."""
     try:
@@ -73,6 +98,13 @@ def is_dying(pid: int) -> bool:
     except OSError:
         return True
     return bool(int(pending, 16) >> (signal.SIGKILL - 1) & 1)
+
+
+def _number(by_machine: dict[str, int]) -> int:
+    number = by_machine.get(platform.machine())
+    if number is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    return number
 
 
 def _check(result: int) -> None:

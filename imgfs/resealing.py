@@ -5,15 +5,14 @@ a moment (somebody may be copying into the datadir at this minute). A round look
 """
 
 import contextlib
-import ctypes
 import logging
-import platform
 import threading
 import time
 from collections.abc import Callable
 
 from imgfs.errors import ImageNotFound
 from imgfs.image import Image, Key
+from imgfs.linux import use_idle_io_priority
 from imgfs.namespace import Namespace
 from imgfs.record import State
 
@@ -23,8 +22,6 @@ PAUSE_SECONDS = 15.0
 REST_SECONDS = 2.0
 END_SECONDS = 0.5
 _SHARE_OF_TIME = 0.05
-_IOPRIO_WHO_PROCESS, _IOPRIO_CLASS_IDLE, _IOPRIO_CLASS_SHIFT = 1, 3, 13  # include/uapi/linux/ioprio.h
-_SYS_IOPRIO_SET = {"x86_64": 251, "aarch64": 30, "riscv64": 30, "ppc64le": 273, "s390x": 282}
 
 
 class Resealer:
@@ -45,7 +42,10 @@ class Resealer:
             self._thread.join(END_SECONDS)
 
     def _run(self) -> None:
-        _idle_io_priority()
+        try:
+            use_idle_io_priority()
+        except OSError as error:
+            log.debug("images are resealed at ordinary I/O priority: %s", error)
         pause = 0.0
         while not self._closing.wait(pause):
             started = time.monotonic()
@@ -76,13 +76,3 @@ class Resealer:
 
 def _has_rested(image: Image) -> bool:
     return time.time() - image.status().st_mtime >= REST_SECONDS or image.status().st_mtime > time.time()
-
-
-def _idle_io_priority() -> None:
-    """ioprio_set(2) for this thread; where that is not to be had, sealing goes on at ordinary priority."""
-    number = _SYS_IOPRIO_SET.get(platform.machine())
-    if number is None:
-        return
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.syscall(number, _IOPRIO_WHO_PROCESS, 0, _IOPRIO_CLASS_IDLE << _IOPRIO_CLASS_SHIFT) != 0:
-        log.debug("no idle I/O priority: errno %d", ctypes.get_errno())

@@ -2,9 +2,11 @@
 
 import ctypes
 import hashlib
+import itertools
 import mmap
 import os
 import random
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -228,6 +230,26 @@ def test_dropping_one_stream_lets_others_go_on(
     assert not held_up.is_alive()
     gate.set()
     assert patient.finish(2 * MIB) == digests_by_hashlib(b"a" * MIB + b"b" * MIB)
+
+
+@pytest.mark.parametrize("in_one", [True, False])
+def test_hashing_gives_way_every_few_hundred_kib(
+    stream: DigestStream, monkeypatch: pytest.MonkeyPatch, in_one: bool
+) -> None:
+    yields = itertools.count()
+    monkeypatch.setattr(os, "sched_yield", lambda: next(yields))
+    if in_one:
+        stream.write(0, CONTENT)
+    assert stream.finish(len(CONTENT)) == digests_by_hashlib(CONTENT if in_one else bytes(len(CONTENT)))
+    assert next(yields) == 2 * (len(CONTENT) // hashing.PIECE_BYTES + 1)
+
+
+def test_hash_threads_take_short_turns(pool: HashPool) -> None:
+    """So that giving way does not cost them their share of the CPU (Linux 6.12)."""
+    shown = [Path(f"/proc/self/task/{thread.native_id}/sched") for thread in pool._threads]
+    if "se.slice" not in shown[0].read_text():
+        pytest.skip("this kernel shows no slices")
+    wait_until(lambda: all(re.search(r"se.slice *: *100000\n", path.read_text()) for path in shown), "short turns")
 
 
 def test_long_hole_takes_no_memory_and_no_turn_of_others(pool: HashPool) -> None:

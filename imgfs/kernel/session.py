@@ -180,7 +180,7 @@ class KernelSession:
         self._notifier.send(replies.inc_epoch() if self._has_epochs else notification)
 
     def look_again(self, name: str, find: Callable[[], Found | None], *, data: bool) -> None:
-        """Something happened to a name behind the kernel's back, unless a request did it; `find` tells what is there."""
+        """Something happened to a name behind the kernel's back, unless a request did it; `find` says what."""
         path = ROOT_PATH + name
         for _ in range(ATTEMPTS):
             node, found = self._nodes.find(path), find()
