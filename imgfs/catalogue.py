@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import BinaryIO
 
-from imgfs import identity, names, record
+from imgfs import identity, names, own_files, record
 from imgfs.datadir import Datadir
 from imgfs.errors import ImageNotFound, InvalidName
 from imgfs.record import State
@@ -116,8 +116,7 @@ class Journal:
 
     def tidy(self) -> None:
         """Remove what a crash left of its writing anew."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._name + ".new", dir_fd=self._own_fd)
+        own_files.tidy(self._name, self._own_fd)
 
     def mtime_ns(self) -> int:
         """When it was last written to; 0 where there is none."""
@@ -148,25 +147,13 @@ class Journal:
 
     def _rewrite(self, listed: Mapping[str, Listed]) -> None:
         """Write it anew, in one step."""
-        new = self._name + ".new"
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(new, dir_fd=self._own_fd)
-        try:
-            with open(self._open(os.O_WRONLY | os.O_CREAT | os.O_EXCL, new), "wb") as file:
-                file.writelines(line_of(name, facts) for name, facts in listed.items())
-                file.flush()
-                os.fsync(file.fileno())
-            os.rename(new, self._name, src_dir_fd=self._own_fd, dst_dir_fd=self._own_fd)
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.unlink(new, dir_fd=self._own_fd)
-            raise
+        own_files.replace(self._name, self._own_fd, (line_of(name, facts) for name, facts in listed.items()))
         self._lines = len(listed)
 
-    def _open(self, flags: int, name: str = "") -> int:
+    def _open(self, flags: int) -> int:
         """A descriptor, if it is a regular file: no symlink is followed, no pipe waited for."""
         flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        fd = os.open(name or self._name, flags, 0o600, dir_fd=self._own_fd)
+        fd = os.open(self._name, flags, 0o600, dir_fd=self._own_fd)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
             raise OSError(errno.EINVAL, f"{self._name} is no regular file")

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from imgfs import identity, inode, linux, mount_table, names
+from imgfs import identity, inode, linux, mount_table, names, own_files
 from imgfs.config import DatadirConfig, Mode
 from imgfs.errors import (
     AnsweredTooLate,
@@ -35,7 +35,7 @@ from imgfs.errors import (
     WriteDenied,
 )
 from imgfs.inode import Inode
-from imgfs.xattrs import NativeXattrs, ReadOnlyXattrs, SidecarXattrs, Xattrs, proc_path, read_regular, supported
+from imgfs.xattrs import NativeXattrs, ReadOnlyXattrs, SidecarXattrs, Xattrs, proc_path, supported
 
 log = logging.getLogger(__name__)
 
@@ -537,7 +537,7 @@ class Datadir:
 
     def _read_note(self, token: str) -> Replaced | None:
         """One note; None for what is none. Whoever owns the datadir may have put anything here."""
-        stored = read_regular(token, self._own_fd)
+        stored = own_files.read(token, self._own_fd)
         note = None if stored is None else _decode_replaced(token, stored)
         if stored is not None and note is None:
             with contextlib.suppress(OSError):

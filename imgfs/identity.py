@@ -7,7 +7,6 @@ told from a new one: the others know it. `judge` is pure; `look` and `write` tou
 Threading: no state; whoever writes a marker holds the lock of its datadir.
 """
 
-import contextlib
 import errno
 import json
 import os
@@ -17,14 +16,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from imgfs import names
+from imgfs import names, own_files
 from imgfs.config import DatadirConfig
 from imgfs.errors import DatadirError
-from imgfs.xattrs import read_regular
 
 MARKER = "marker"
 MOST_MEMBERS = 10_000
-_NEW = MARKER + ".new"
 _HEX_DIGITS = 32
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
@@ -144,32 +141,20 @@ def _stored_in(directory_fd: int) -> bytes | None:
     except FileNotFoundError:
         return None
     try:
-        return read_regular(MARKER, own_fd)
+        return own_files.read(MARKER, own_fd)
     finally:
         os.close(own_fd)
 
 
 def write(marker: Marker, own_fd: int) -> None:
     """Put a marker into a `.imgfs` in one step, on stable storage: a crash leaves the old one or the new."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    tidy(own_fd)
-    try:
-        with open(os.open(_NEW, flags, 0o600, dir_fd=own_fd), "wb") as file:
-            file.write(marker.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(_NEW, MARKER, src_dir_fd=own_fd, dst_dir_fd=own_fd)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(_NEW, dir_fd=own_fd)
-        raise
+    own_files.replace(MARKER, own_fd, [marker.encode()])
     os.fsync(own_fd)
 
 
 def tidy(own_fd: int) -> None:
     """Remove what a crash left of the writing of a marker."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(_NEW, dir_fd=own_fd)
+    own_files.tidy(MARKER, own_fd)
 
 
 # --- judging ---

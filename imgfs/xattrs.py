@@ -12,11 +12,9 @@ import contextlib
 import errno
 import json
 import os
-import stat
 from typing import Protocol
 
-LARGEST_OWN_FILE_BYTES = 4 << 20
-_NO_FILE = frozenset({errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.EACCES})
+from imgfs import own_files
 
 
 class Xattrs(Protocol):
@@ -94,7 +92,7 @@ class SidecarXattrs:
             os.unlink(_sidecar(ino), dir_fd=self._directory_fd)
 
     def _read(self, fd: int) -> dict[str, bytes]:
-        text = read_regular(_sidecar(_ino(fd)), self._directory_fd)
+        text = own_files.read(_sidecar(_ino(fd)), self._directory_fd)
         try:
             held = json.loads(text or "{}")
             return {name: base64.b64decode(value) for name, value in held.items()}
@@ -112,24 +110,6 @@ class SidecarXattrs:
             os.fsync(new)
         os.rename(name + ".new", name, src_dir_fd=self._directory_fd, dst_dir_fd=self._directory_fd)
         os.fsync(self._directory_fd)
-
-
-def read_regular(name: str, directory_fd: int | None) -> bytes | None:
-    """The bytes of a small file in a directory of imgfs's own; None where there is no regular file that can be read.
-
-    Whoever owns the datadir may have put anything there: no symlink is followed, no pipe waited for.
-    """
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    try:
-        fd = os.open(name, flags, dir_fd=directory_fd)
-    except OSError as error:
-        if error.errno in _NO_FILE:
-            return None
-        raise
-    try:
-        return os.pread(fd, LARGEST_OWN_FILE_BYTES, 0) if stat.S_ISREG(os.fstat(fd).st_mode) else None
-    finally:
-        os.close(fd)
 
 
 class ReadOnlyXattrs:
