@@ -23,9 +23,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import BinaryIO
 
-from imgfs import identity, names, own_files, record
+from imgfs import identity, names, own_files
 from imgfs.datadir import Datadir
-from imgfs.errors import ImageNotFound, InvalidName
+from imgfs.errors import InvalidName
 from imgfs.record import State
 from imgfs.xattrs import proc_path
 
@@ -194,18 +194,11 @@ def latest(subject: str, keepers: Iterable[Datadir]) -> dict[str, Listed]:
 
 def facts(datadir: Datadir, name: str) -> Listed | None:
     """What is to be listed of an image as it is now; None where there is none."""
-    try:
-        fd = datadir.pin(name)
-    except ImageNotFound:
+    found = datadir.inspect(name)
+    if found is None:
         return None
-    try:
-        status = os.fstat(fd)
-        held = None
-        with contextlib.suppress(OSError):
-            held = record.decode(datadir.xattrs.get(fd, record.XATTR))
-    finally:
-        os.close(fd)
-    if held is None or held.digests is None or not held.holds_for(status):
+    status, held = found
+    if held is None or held.digests is None:
         return Listed(status.st_size, status.st_mtime_ns)
     digests = held.digests
     return Listed(status.st_size, status.st_mtime_ns, held.state,

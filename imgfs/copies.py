@@ -16,9 +16,8 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from imgfs import record
 from imgfs.datadir import Datadir, answers
-from imgfs.errors import ImageNotFound, NameDoubled
+from imgfs.errors import NameDoubled
 from imgfs.record import State
 
 log = logging.getLogger(__name__)
@@ -56,23 +55,12 @@ def copies_of(name: str, datadirs: Iterable[Datadir], is_saving: IsSaving = lamb
 
 def _copies_in(datadir: Datadir, name: str, is_saving: IsSaving) -> list[Copy]:
     """The one, or none."""
-    try:
-        fd = datadir.pin(name)
-    except ImageNotFound:
+    found = datadir.inspect(name)
+    if found is None:
         return []
-    try:
-        status = os.fstat(fd)
-        return [Copy(datadir, status, State.SAVING if is_saving(status) else _state(datadir, fd, status))]
-    finally:
-        os.close(fd)
-
-
-def _state(datadir: Datadir, fd: int, status: os.stat_result) -> State:
-    try:
-        held = record.decode(datadir.xattrs.get(fd, record.XATTR))
-    except OSError:
-        return State.STALE
-    return held.state if held is not None and held.holds_for(status) else State.STALE
+    status, held = found
+    state = State.SAVING if is_saving(status) else held.state if held is not None else State.STALE
+    return [Copy(datadir, status, state)]
 
 
 def doubled(datadirs: Iterable[Datadir]) -> set[str]:

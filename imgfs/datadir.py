@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from imgfs import identity, inode, linux, mount_table, names, own_files
+from imgfs import identity, inode, linux, mount_table, names, own_files, record
 from imgfs.config import DatadirConfig, Mode
 from imgfs.errors import (
     AnsweredTooLate,
@@ -35,6 +35,7 @@ from imgfs.errors import (
     WriteDenied,
 )
 from imgfs.inode import Inode
+from imgfs.record import Record
 from imgfs.xattrs import NativeXattrs, ReadOnlyXattrs, SidecarXattrs, Xattrs, proc_path, supported
 
 log = logging.getLogger(__name__)
@@ -543,6 +544,32 @@ class Datadir:
             with contextlib.suppress(OSError):
                 self._forget_note(token)
         return note
+
+    # --- records ---
+
+    def record_of(self, fd: int) -> Record | None:
+        """The record kept with an open file, whether or not it still holds."""
+        try:
+            return record.decode(self.xattrs.get(fd, record.XATTR))
+        except OSError as error:
+            if error.errno == errno.ENODATA:
+                return None
+            raise
+
+    def inspect(self, name: str) -> tuple[os.stat_result, Record | None] | None:
+        """The fstat(2) of an image, and its record where one holds and can be read; None where there is no image."""
+        try:
+            fd = self.pin(name)
+        except ImageNotFound:
+            return None
+        try:
+            status = os.fstat(fd)
+            held = None
+            with contextlib.suppress(OSError):
+                held = self.record_of(fd)
+            return status, held if held is not None and held.holds_for(status) else None
+        finally:
+            os.close(fd)
 
     # --- opening ---
 

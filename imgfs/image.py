@@ -385,12 +385,7 @@ class Image:
 
     def stored_record(self) -> Record | None:
         """The record kept with the file, whether or not it still holds."""
-        try:
-            return record.decode(self.datadir.xattrs.get(self.path_fd, record.XATTR))
-        except OSError as error:
-            if error.errno == errno.ENODATA:
-                return None
-            raise
+        return self.datadir.record_of(self.path_fd)
 
     def store_record(self, new: Record) -> None:
         """Keep a record with the file."""
