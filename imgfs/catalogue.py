@@ -24,7 +24,7 @@ from dataclasses import astuple, dataclass
 from typing import BinaryIO
 
 from imgfs import identity, names, own_files
-from imgfs.datadir import Datadir
+from imgfs.datadir import Datadir, any_hangs
 from imgfs.errors import InvalidName
 from imgfs.record import State
 from imgfs.xattrs import proc_path
@@ -236,8 +236,7 @@ class Catalogue:
         """Write down what is noted, and end the thread; but wait for no disk that hangs."""
         self._closing.set()
         if self._thread is not None:
-            hung = any(datadir.offline is not None and datadir.is_open for datadir in self._datadirs)
-            self._thread.join(_STUCK_SECONDS if hung else 2 * _END_SECONDS)
+            self._thread.join(_STUCK_SECONDS if any_hangs(self._datadirs) else 2 * _END_SECONDS)
             self._closed = True
 
     def _run(self) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from imgfs.datadir import Datadir, answers
+from imgfs.datadir import Datadir, answers, any_hangs
 from imgfs.errors import NameDoubled
 from imgfs.record import State
 
@@ -102,8 +102,7 @@ class Copies:
         self._closing.set()
         self._wake.set()
         if self._thread is not None:
-            hung = any(datadir.offline is not None and datadir.is_open for datadir in self._datadirs)
-            self._thread.join(_STUCK_SECONDS if hung else _END_SECONDS)
+            self._thread.join(_STUCK_SECONDS if any_hangs(self._datadirs) else _END_SECONDS)
 
     def suspect(self, names: Iterable[str]) -> None:
         """Have somebody look soon whether names are doubled."""

@@ -661,6 +661,11 @@ def answers(datadirs: Iterable[Datadir], ask: Callable[[Datadir], T]) -> list[T]
     return given
 
 
+def any_hangs(datadirs: Iterable[Datadir]) -> bool:
+    """Whether one of them went offline while it was in use: a thread may be stuck in it."""
+    return any(datadir.offline is not None and datadir.is_open for datadir in datadirs)
+
+
 def give_tags(datadirs: list[Datadir]) -> None:
     """Give each datadir its tag: from its path, so that inode numbers stay the same from mount to mount."""
     taken: set[int] = set()

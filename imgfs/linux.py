@@ -32,16 +32,24 @@ _SHORT_TURN_NS = 100_000  # the shortest there is
 _IOPRIO_SET = {"x86_64": 251, "aarch64": 30, "riscv64": 30, "ppc64le": 273, "s390x": 282}
 _SCHED_SETATTR = {"x86_64": 314, "aarch64": 274, "riscv64": 274, "ppc64le": 355, "s390x": 345}
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-_libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
-_libc.statx.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p)
-_libc.renameat2.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+libc = ctypes.CDLL(None, use_errno=True)
+"""For further calls: see `check`."""
+libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+libc.statx.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p)
+libc.renameat2.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+
+
+def check(result: int, path: str | None = None) -> None:
+    """Raise the OSError of a call of the C library that gave this result; 0 is success."""
+    if result != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), path)
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     """fallocate(2); raises OSError, EOPNOTSUPP where the filesystem can't do what `mode` asks for."""
-    _check(_libc.fallocate(fd, mode, offset, length))
+    check(libc.fallocate(fd, mode, offset, length))
 
 
 def start_writeback(fd: int, offset: int, length: int) -> None:
@@ -49,24 +57,24 @@ def start_writeback(fd: int, offset: int, length: int) -> None:
 
     It promises nothing: an error of the disk is still there for fsync(2) to tell.
     """
-    _check(_libc.sync_file_range(fd, offset, length, _SYNC_FILE_RANGE_WRITE))
+    check(libc.sync_file_range(fd, offset, length, _SYNC_FILE_RANGE_WRITE))
 
 
 def exchange(directory_fd: int, one: str, other: str) -> None:
     """Swap two names of a directory in one step (renameat2(2) with RENAME_EXCHANGE)."""
-    _check(_libc.renameat2(directory_fd, os.fsencode(one), directory_fd, os.fsencode(other), RENAME_EXCHANGE))
+    check(libc.renameat2(directory_fd, os.fsencode(one), directory_fd, os.fsencode(other), RENAME_EXCHANGE))
 
 
 def rename_new(old_directory_fd: int, old: str, new_directory_fd: int, new: str) -> None:
     """Rename in one step to a name that must be free: FileExistsError where it is not (RENAME_NOREPLACE)."""
     arguments = (old_directory_fd, os.fsencode(old), new_directory_fd, os.fsencode(new))
-    _check(_libc.renameat2(*arguments, RENAME_NOREPLACE))
+    check(libc.renameat2(*arguments, RENAME_NOREPLACE))
 
 
 def birth_time_ns(fd: int) -> int | None:
     """When the file was made, in ns; None where its filesystem does not keep that (statx(2), STATX_BTIME)."""
     buffer = ctypes.create_string_buffer(_STATX_BYTES)
-    _check(_libc.statx(fd, b"", _AT_EMPTY_PATH, _STATX_BTIME, buffer))
+    check(libc.statx(fd, b"", _AT_EMPTY_PATH, _STATX_BTIME, buffer))
     if not _STX_MASK.unpack_from(buffer)[0] & _STATX_BTIME:
         return None
     seconds, nanoseconds = _STX_BTIME.unpack_from(buffer)
@@ -76,7 +84,7 @@ def birth_time_ns(fd: int) -> int | None:
 def use_idle_io_priority() -> None:
     """Have the calling thread's reads wait until no other process wants the disk (ioprio_set(2)); raises OSError."""
     idle = _IOPRIO_CLASS_IDLE << _IOPRIO_CLASS_SHIFT
-    _check(_libc.syscall(_number(_IOPRIO_SET), _IOPRIO_WHO_PROCESS, 0, idle))
+    check(libc.syscall(_number(_IOPRIO_SET), _IOPRIO_WHO_PROCESS, 0, idle))
 
 
 def take_short_turns() -> None:
@@ -87,7 +95,7 @@ def take_short_turns() -> None:
     if os.sched_getscheduler(0) == os.SCHED_OTHER:
         nice = os.getpriority(os.PRIO_PROCESS, 0)
         attributes = _SCHED_ATTR.pack(_SCHED_ATTR.size, os.SCHED_OTHER, 0, nice, 0, _SHORT_TURN_NS, 0, 0)
-        _check(_libc.syscall(_number(_SCHED_SETATTR), 0, attributes, 0))
+        check(libc.syscall(_number(_SCHED_SETATTR), 0, attributes, 0))
 
 
 def is_dying(pid: int) -> bool:
@@ -105,9 +113,3 @@ def _number(by_machine: dict[str, int]) -> int:
     if number is None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
     return number
-
-
-def _check(result: int) -> None:
-    if result != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))

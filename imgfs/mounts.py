@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from imgfs.errors import MountError
+from imgfs.linux import libc
 from imgfs.mount_table import mounted_at
 
 log = logging.getLogger(__name__)
@@ -112,7 +113,6 @@ def _wait_for_end(pidfd: int, pid: int) -> None:
 def take_away(path: str, lazy: bool) -> None:
     """umount2(2), or fusermount where that takes privileges; raises MountError, EBUSY while it is in use."""
     if os.geteuid() == 0:
-        libc = ctypes.CDLL(None, use_errno=True)
         if libc.umount2(os.fsencode(path), (_MNT_DETACH if lazy else 0) | _UMOUNT_NOFOLLOW) == 0:
             return
         code = ctypes.get_errno()

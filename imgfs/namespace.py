@@ -21,7 +21,7 @@ from typing import TypeVar
 
 from imgfs import names, placement
 from imgfs.copies import Copies, copies_of, described
-from imgfs.datadir import FULL_ERRNOS, LOST_ERRNOS, Datadir, Entry, Replaced, answers
+from imgfs.datadir import FULL_ERRNOS, LOST_ERRNOS, Datadir, Entry, Replaced
 from imgfs.errors import (
     AnsweredTooLate,
     ImageExists,
@@ -113,10 +113,6 @@ class Namespace:
     def online(self) -> list[Datadir]:
         """The datadirs that can be asked, highest priority first."""
         return [datadir for datadir in self.datadirs if datadir.offline is None]
-
-    def answers(self, ask: Callable[[Datadir], T]) -> list[T]:
-        """What each datadir that is online answers; one that turns out to be lost is passed over."""
-        return answers(self.datadirs, ask)
 
     def replace(self, lost: Collection[int]) -> None:
         """Nobody waits for these threads, which are stuck in a datadir."""

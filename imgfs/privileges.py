@@ -10,6 +10,8 @@ import os
 import struct
 from collections.abc import Collection
 
+from imgfs.linux import check, libc
+
 KEPT = {
     "CAP_CHOWN": 0,  # images belong to whoever creates them
     "CAP_DAC_OVERRIDE": 1,  # and are read and written whatever their mode
@@ -26,8 +28,6 @@ _HEADER = struct.Struct("=Ii")
 _SETS = struct.Struct("=IIIIII")
 _MOST_CAPABILITIES = 64
 
-_libc = ctypes.CDLL(None, use_errno=True)
-
 
 def drop_capabilities(kept: Collection[int] = tuple(KEPT.values())) -> None:
     """Give up every capability but these, for this thread, those it makes, and programs it runs; as root only.
@@ -38,17 +38,17 @@ def drop_capabilities(kept: Collection[int] = tuple(KEPT.values())) -> None:
         return  # there is none to lose, and fusermount3 must be able to get its own
     for number in range(_MOST_CAPABILITIES):
         if number not in kept:
-            _libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0)  # without CAP_SETPCAP it stays, but can't be used
-    _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+            libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0)  # without CAP_SETPCAP it stays, but can't be used
+    libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
     header = ctypes.create_string_buffer(_HEADER.pack(_CAPABILITY_VERSION_3, 0), _HEADER.size)
     sets = ctypes.create_string_buffer(_SETS.size)
-    _check(_libc.capget(header, sets))
+    check(libc.capget(header, sets))
     permitted = _SETS.unpack(sets.raw)[1] | _SETS.unpack(sets.raw)[4] << 32
     left = permitted & sum(1 << number for number in kept)
     low, high = left & 0xFFFFFFFF, left >> 32
     sets.raw = _SETS.pack(low, low, 0, high, high, 0)
-    _check(_libc.capset(header, sets))
-    _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+    check(libc.capset(header, sets))
+    check(libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
 
 
 def close_inherited_descriptors() -> None:
@@ -69,9 +69,3 @@ def keep_descriptors_to_ourselves() -> None:
         with contextlib.suppress(OSError):
             if int(name) > 2:
                 os.set_inheritable(int(name), False)
-
-
-def _check(result: int) -> None:
-    if result != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))

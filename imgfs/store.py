@@ -20,7 +20,7 @@ from imgfs.calls import Call
 from imgfs.catalogue import Catalogue
 from imgfs.config import Config, Reseal
 from imgfs.copies import Copies
-from imgfs.datadir import FULL_ERRNOS, Datadir
+from imgfs.datadir import FULL_ERRNOS, Datadir, answers
 from imgfs.errors import (
     BadLocation,
     ImageExists,
@@ -217,7 +217,7 @@ class ImageStore:
 
     def answers(self, ask: Callable[[Datadir], T]) -> list[T]:
         """What each datadir that is online answers; one that turns out to be lost is passed over."""
-        return self._namespace.answers(ask)
+        return answers(self.datadirs, ask)
 
     def names(self) -> Iterator[str]:
         """The name of every image, once."""

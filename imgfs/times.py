@@ -7,6 +7,8 @@ a little over a second after midnight, can't be told from them; fusepy gives tim
 import ctypes
 import os
 
+from imgfs.linux import check, libc
+
 UTIME_NOW = (1 << 30) - 1  # include/linux/stat.h
 UTIME_OMIT = (1 << 30) - 2
 _AT_FDCWD = -100
@@ -16,15 +18,10 @@ class _Timespec(ctypes.Structure):
     _fields_ = (("tv_sec", ctypes.c_long), ("tv_nsec", ctypes.c_long))
 
 
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
 def set_times(path: str, times_ns: tuple[int, int]) -> None:
     """Set atime and mtime of what a path names."""
     pair = (_Timespec * 2)(*(_timespec(time_ns) for time_ns in times_ns))
-    if _libc.utimensat(_AT_FDCWD, os.fsencode(path), pair, 0) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), path)
+    check(libc.utimensat(_AT_FDCWD, os.fsencode(path), pair, 0), path)
 
 
 def _timespec(time_ns: int) -> _Timespec:

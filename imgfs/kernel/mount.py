@@ -19,6 +19,7 @@ from pathlib import Path
 from imgfs import mount_table
 from imgfs.errors import MountError
 from imgfs.kernel import device
+from imgfs.linux import check, libc
 
 MS_RDONLY = 1 << 0
 MS_NOSUID = 1 << 1
@@ -45,8 +46,6 @@ _FLAGS = {
     "relatime": (1 << 21, 0),
     "strictatime": (1 << 24, 0),
 }
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def abort(mountpoint: Path, connection: int | None) -> bool:
     try:
         Path(f"/sys/fs/fuse/connections/{connection}/abort").write_text("1", "ascii")
     except OSError:
-        return not _libc.umount2(os.fsencode(mountpoint), MNT_FORCE) or ctypes.get_errno() == errno.EBUSY
+        return not libc.umount2(os.fsencode(mountpoint), MNT_FORCE) or ctypes.get_errno() == errno.EBUSY
     return True
 
 
@@ -172,6 +171,4 @@ def _run(command: list[str], failure: str, pass_fd: int | None = None) -> None:
 
 def _sys_mount(source: str, target: Path, kind: str, flags: int, data: str) -> None:
     arguments = [os.fsencode(word) for word in (source, target, kind)]
-    if _libc.mount(*arguments, ctypes.c_ulong(flags), os.fsencode(data)):
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
+    check(libc.mount(*arguments, ctypes.c_ulong(flags), os.fsencode(data)))
