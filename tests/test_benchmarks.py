@@ -38,7 +38,7 @@ def benchmarks(tmp_path: Path) -> Benchmarks:
 
 def mounted_below(path: Path) -> list[str]:
     """The mountpoints there."""
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    lines = Path("/proc/self/mountinfo").read_text(errors="replace").splitlines()
     return [line.split()[4] for line in lines if line.split()[4].startswith(f"{path}/")]
 
 

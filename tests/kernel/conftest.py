@@ -28,7 +28,7 @@ def wait_until(condition: Callable[[], Any], timeout_s: float = 10) -> None:
 def is_mounted(path: Path) -> bool:
     """Whether something is mounted there, without asking it."""
     escaped = str(path).replace("\\", "\\134").replace(" ", "\\040")
-    return f" {escaped} fuse.imgfs " in Path("/proc/self/mounts").read_text()
+    return f" {escaped} fuse.imgfs " in Path("/proc/self/mounts").read_text(errors="replace")
 
 
 class Mount:
