@@ -368,25 +368,19 @@ class ImageStore:
 
         Raises StorageFull where no datadir can take it.
         """
-        datadir = handle.image.datadir
-        try:
-            return act(*arguments)
-        except OSError as error:
-            if error.errno not in FULL_ERRNOS:
-                raise
-            no_room, full = error, {datadir}
+        full: set[Datadir] = set()
         while True:
-            try:
-                self._relocator.relocate(handle.image, offset, length, full)
-            except StorageFull as error:
-                raise error from no_room
             datadir = handle.image.datadir
             try:
                 return act(*arguments)
-            except OSError as error:
-                if error.errno not in FULL_ERRNOS:
+            except OSError as no_room:
+                if no_room.errno not in FULL_ERRNOS:
                     raise
                 full.add(datadir)
+                try:
+                    self._relocator.relocate(handle.image, offset, length, full)
+                except StorageFull as error:
+                    raise error from no_room
 
     def truncate(self, handle: Handle, size: int) -> None:
         """ftruncate(2); on an empty new image the size counts as a declared one, too (for its placement)."""
