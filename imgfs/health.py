@@ -76,7 +76,10 @@ class Health:
         pause = min(self._timeout_s / 4, 0.5)
         while not self._closing.wait(pause):
             for datadir in datadirs:
-                self._look_at_calls(datadir)
+                try:
+                    self._look_at_calls(datadir)
+                except Exception:  # as where no thread is to be had: the next look does what this one could not
+                    log.exception("looking after the calls to datadir %s failed", datadir.path)
 
     def _look_at_calls(self, datadir: TimedDatadir) -> None:
         datadir.calls.look_for_progress(min(STALL_SECONDS, self._timeout_s / 2))
