@@ -92,8 +92,7 @@ class Sealer:
     def forget(self, image: Image) -> None:
         """The image was removed: if it rests, there is nothing to seal any more."""
         if self._end_rest(image):
-            image.end_sealing(for_good=True)
-            self._sealed(image)
+            self._give_up(image)
 
     def _end_rest(self, image: Image) -> bool:
         with self._resting_lock:
@@ -117,7 +116,12 @@ class Sealer:
         for image in list(self._resting):
             by_datadir.setdefault(image.datadir, []).append(image)
         for images in by_datadir.values():
-            self._workers(images[0].datadir, quick=True).submit(self._seal_in_turn, images)
+            try:
+                self._workers(images[0].datadir, quick=True).submit(self._seal_in_turn, images)
+            except RuntimeError as error:  # no thread is to be had
+                log.warning("%d images stay stale: %s", len(images), error)
+                for image in images:
+                    self.forget(image)
 
     def _seal_in_turn(self, images: list[Image]) -> None:
         for image in images:
@@ -125,15 +129,13 @@ class Sealer:
                 self.seal_here(image)
 
     def _start(self, image: Image) -> None:
-        try:
-            stream, changes = image.take_stream()
-        except DatadirOffline:
-            self._strand(image)
+        if (taken := self._taken(image)) is None:
             return
+        stream, _ = taken
         quick = stream is not None and not stream.broken
         try:
-            self._workers(image.datadir, quick).submit(self._run, image, stream, changes)
-        except RuntimeError:  # closing: the image stays visibly stale
+            self._workers(image.datadir, quick).submit(self._run, image, *taken)
+        except RuntimeError:  # closing, or no thread is to be had: the image stays visibly stale
             self._give_up(image)
 
     def _workers(self, datadir: Datadir, quick: bool) -> Workers:
@@ -146,12 +148,16 @@ class Sealer:
 
     def seal_here(self, image: Image) -> None:
         """The same in the calling thread, so done when this returns."""
+        if (taken := self._taken(image)) is not None:
+            self._run(image, *taken)
+
+    def _taken(self, image: Image) -> tuple[DigestStream | None, int] | None:
+        """What `take_stream` gives; None where the seal must wait for its datadir."""
         try:
-            stream, changes = image.take_stream()
+            return image.take_stream()
         except DatadirOffline:
             self._strand(image)
-        else:
-            self._run(image, stream, changes)
+            return None
 
     def replace(self, lost: Collection[int]) -> None:
         """Go on without threads that are stuck in a datadir."""
@@ -202,8 +208,9 @@ class Sealer:
                 self._strand(image)
                 return
             log.warning("image %r stays stale: %s", image.name, error)
-            image.end_sealing(for_good=True)
-        self._sealed(image)
+            self._give_up(image)
+        else:
+            self._sealed(image)
 
     def _try(self, image: Image, stream: DigestStream | None, changes: int) -> None:
         """One seal; what goes wrong is kept with the image. Raises DatadirOffline."""

@@ -378,7 +378,8 @@ def test_inode_number_fits_and_is_stable_for_any_inode_below(opened: Callable[..
 
 def test_free_space_is_what_an_unprivileged_user_may_use(filesystem: Callable[..., Path]) -> None:
     place = filesystem("ext4", 32)
-    (disk,) = [line.split()[0] for line in Path("/proc/mounts").read_text(errors="replace").splitlines() if f" {place} " in line]
+    lines = Path("/proc/mounts").read_text(errors="replace").splitlines()
+    (disk,) = [line.split()[0] for line in lines if f" {place} " in line]
     run("tune2fs", "-r", "8192", disk)
     run("mount", "-o", "remount", place)
     found = Datadir(DatadirConfig(str(place)))

@@ -646,6 +646,21 @@ def test_empty_image_is_sealed_after_a_rest(store: ImageStore) -> None:
     assert store.digests("x").size == 0
 
 
+def test_empty_images_stay_stale_where_no_thread_is_to_be_had_and_later_ones_are_sealed(
+    store: ImageStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Workers) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Workers, "_start", refuse)
+        write(store, "x")
+        wait_until(lambda: store.state("x") is State.STALE, "the end of its rest")
+    write(store, "y")
+    wait_until(lambda: store.state("y") is State.ACTIVE, "the seal")
+    assert store.digests("x").checksum == md5(b"")
+
+
 @pytest.mark.usefixtures("long_rest")
 def test_digest_asked_for_ends_the_rest_of_an_empty_image(store: ImageStore) -> None:
     write(store, "x")
