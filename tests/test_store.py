@@ -836,15 +836,21 @@ def test_replacement_that_fails_changes_nothing(
     assert content(open_store(), "y") == b"changed later"
 
 
-def test_interrupted_replacement_is_completed_at_the_next_start(
-    open_store: OpenStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def cut_replacement_short(open_store: OpenStore, tmp_path: Path, *, renamed: bool) -> None:
+    """Leave what a crash leaves in the middle of renaming `high/x` over `low/y`: before its own rename, or after."""
     with open_store() as store:
         (tmp_path / "high/x").write_bytes(b"new")
         (tmp_path / "low/y").write_bytes(b"old")
         high, low = store.datadirs
         note_replaced(low, "y", high, "x")
-        high.rename("x", "y")
+        if renamed:
+            high.rename("x", "y")
+
+
+def test_interrupted_replacement_is_completed_at_the_next_start(
+    open_store: OpenStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cut_replacement_short(open_store, tmp_path, renamed=True)
     again = open_store()
     assert files(tmp_path / "high", tmp_path / "low") == ["y"]
     assert content(again, "y") == b"new"
@@ -853,11 +859,7 @@ def test_interrupted_replacement_is_completed_at_the_next_start(
 
 
 def test_replacement_that_was_never_begun_changes_nothing(open_store: OpenStore, tmp_path: Path) -> None:
-    with open_store() as store:
-        (tmp_path / "high/x").write_bytes(b"new")
-        (tmp_path / "low/y").write_bytes(b"old")
-        high, low = store.datadirs
-        note_replaced(low, "y", high, "x")
+    cut_replacement_short(open_store, tmp_path, renamed=False)
     again = open_store()
     assert (content(again, "x"), content(again, "y")) == (b"new", b"old")
     assert notes(tmp_path / "low") == []
@@ -867,12 +869,7 @@ def test_replacement_that_was_never_begun_changes_nothing(open_store: OpenStore,
 def test_note_of_a_replacement_means_two_files_exactly(
     open_store: OpenStore, tmp_path: Path, where: str, how: str
 ) -> None:
-    with open_store() as store:
-        (tmp_path / "low/y").write_bytes(b"old")
-        (tmp_path / "high/x").write_bytes(b"new")
-        high, low = store.datadirs
-        note_replaced(low, "y", high, "x")
-        high.rename("x", "y")
+    cut_replacement_short(open_store, tmp_path, renamed=True)
     changed = tmp_path / where / "y"
     if how == "another":
         os.link(changed, tmp_path / "kept")  # so that its inode number is not used again
@@ -888,13 +885,7 @@ def test_note_of_a_replacement_means_two_files_exactly(
 def test_disks_that_changed_places_after_a_crash_lose_nothing(
     open_store: OpenStore, tmp_path: Path, renamed: bool
 ) -> None:
-    with open_store() as store:
-        (tmp_path / "high/x").write_bytes(b"new")
-        (tmp_path / "low/y").write_bytes(b"old")
-        high, low = store.datadirs
-        note_replaced(low, "y", high, "x")
-        if renamed:
-            high.rename("x", "y")
+    cut_replacement_short(open_store, tmp_path, renamed=renamed)
     for old, new in ("high", "away"), ("low", "high"), ("away", "low"):
         (tmp_path / old).rename(tmp_path / new)
     again = open_store()
