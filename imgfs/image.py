@@ -189,9 +189,10 @@ class Image:
     @contextlib.contextmanager
     def held_movable(self) -> Iterator[None]:
         """Inside, nothing keeps the image in its file. Raises StorageFull where something does."""
-        why = None if self.status().st_nlink == 1 else "its file has other names"
+        links = self.status().st_nlink
+        why = "its file has other names" if links > 1 else None
         with self.lock:
-            if self.name is None:
+            if self.name is None or not links:
                 why = "it was removed"
             elif self.pinned:
                 why = "programs read its file directly"

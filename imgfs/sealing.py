@@ -22,7 +22,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from imgfs.datadir import FULL_ERRNOS, Datadir
-from imgfs.errors import DatadirOffline, ImageChanging, Interrupted, SealingFailed
+from imgfs.errors import DatadirOffline, ImageChanging, Interrupted, SealingFailed, StorageFull
 from imgfs.hashing import Digests, DigestStream, HashPool, digest_file
 from imgfs.image import Image
 from imgfs.record import Expectations, Record, State
@@ -315,9 +315,12 @@ class Sealer:
         except OSError as error:
             if error.errno not in FULL_ERRNOS:
                 raise
-            if image.name is None:
-                raise Interrupted("the image was removed") from None
-            self._make_room(image)
+            try:
+                self._make_room(image)
+            except StorageFull:
+                if image.name is None or not image.status().st_nlink:
+                    raise Interrupted("the image was removed") from None
+                raise
             image.store_record(new.stamped(image.status().st_mtime_ns))
 
 

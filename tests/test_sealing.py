@@ -585,6 +585,29 @@ def test_image_without_room_for_its_record_stays_stale(
     assert store.digests("x").checksum == md5(b"x")
 
 
+def test_image_removed_for_lack_of_room_for_its_record_is_no_failure(
+    filesystem: Callable[..., Path], open_store: OpenStore, caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Its file is gone before the store knows."""
+    place = filesystem("tmpfs", 16)
+    store = open_store([place])
+    set_record = NativeXattrs.set
+
+    def full(xattrs: NativeXattrs, fd: int, name: str, value: bytes, flags: int = 0) -> None:
+        if name != record.XATTR:
+            set_record(xattrs, fd, name, value, flags)
+            return
+        (place / "fill").write_bytes(bytes(os.statvfs(place).f_bavail * os.statvfs(place).f_frsize))
+        (place / "x").unlink(missing_ok=True)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(NativeXattrs, "set", full)
+    write(store, "x", (0, b"x"))
+    wait_until(lambda: store._namespace.live_images() == [], "the end of the seal")
+    assert [r.getMessage() for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
+
+
 def test_failing_hash_leaves_the_image_stale_and_the_store_at_work(
     store: ImageStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
