@@ -58,8 +58,12 @@ class Mount:
         assert ready == "ready", ready + self.process.communicate()[1]
 
     def _line(self) -> str:
+        """One line, and no byte more: `communicate` is to get what follows, and knows nothing of buffers."""
         assert self.process.stdout
-        return self.process.stdout.readline().strip()
+        line = bytearray()
+        while (byte := os.read(self.process.stdout.fileno(), 1)) not in {b"", b"\n"}:
+            line += byte
+        return line.decode()
 
     def ask(self, command: str) -> Any:
         assert self.process.stdin
