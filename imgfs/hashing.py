@@ -26,9 +26,9 @@ from imgfs.sparse import data_spans
 CHECKSUM_ALGO = "md5"
 READ_BYTES = 1 << 20
 WINDOW_BYTES = 16 << 20  # what is read is taken out of the page cache again in windows; far more than a readahead
-STREAM_QUEUE_BYTES = 8 << 20
+STREAM_QUEUE_BYTES = 16 << 20
 POOL_QUEUE_BYTES = 64 << 20
-BATCH_BYTES = 4 << 20
+BATCH_BYTES = 1 << 20
 HOLE_BATCH_BYTES = 64 << 20
 STOP_SECONDS = 0.1  # how often a wait asks whether it is still wanted
 PIECE_BYTES = 256 << 10  # takes md5(1) a third of a millisecond
