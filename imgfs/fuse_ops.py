@@ -126,6 +126,10 @@ class ImageOperations:
         """Have `stuck` called with calls that a datadir does not answer; see ImageStore.on_stuck."""
         self._store.on_stuck(stuck)
 
+    def before_waits(self, call: Callable[[], None]) -> None:
+        """Have `call` called in a writer's thread before it waits; see ImageStore.before_waits."""
+        self._store.before_waits(call)
+
     def init(self, _path: str) -> None:
         """The mount is about to answer."""
         self._ready()

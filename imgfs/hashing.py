@@ -28,6 +28,7 @@ READ_BYTES = 1 << 20
 WINDOW_BYTES = 16 << 20  # what is read is taken out of the page cache again in windows; far more than a readahead
 STREAM_QUEUE_BYTES = 16 << 20
 POOL_QUEUE_BYTES = 64 << 20
+REFILL_BYTES = 8 << 20  # who waited for room goes on when there is so much, and so waits less often
 BATCH_BYTES = 1 << 20  # small against a queue: its room is free again by whole batches
 HOLE_BATCH_BYTES = 64 << 20
 STOP_SECONDS = 0.1  # how often a wait asks whether it is still wanted
@@ -143,6 +144,7 @@ class HashPool:
     """Worker threads that feed lanes to hashlib, a bounded batch at a time."""
 
     def __init__(self, threads: int | None = None) -> None:
+        self.before_wait: Callable[[], None] = lambda: None
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._progress = threading.Condition(self._lock)
@@ -159,11 +161,14 @@ class HashPool:
     def feed(self, lanes: list[_Lane], chunk: Chunk, stop: Stop = never) -> None:
         """Queue a chunk for every lane of a stream; waits while there is no room for it, or until `stop()` is true.
 
-        After a stop the chunk is missing, so the stream is of no use any more.
+        It calls `before_wait` first. After a stop the chunk is missing, so the stream is of no use any more.
         """
-        length = _queue_bytes(chunk)
+        length, wanted = _queue_bytes(chunk), 0
+        if not self._has_room(lanes, length):
+            self.before_wait()
+            wanted = REFILL_BYTES
         with self._lock:
-            while not self._has_room(lanes, length):
+            while not self._has_room(lanes, length, wanted):
                 if stop():
                     return
                 self._progress.wait(STOP_SECONDS)
@@ -205,11 +210,12 @@ class HashPool:
         for thread in self._threads:
             thread.join()
 
-    def _has_room(self, lanes: list[_Lane], length: int) -> bool:
+    def _has_room(self, lanes: list[_Lane], length: int, more: int = 0) -> bool:
+        """Whether a stream may queue so many bytes, and could queue `more` of its own."""
         queued = max(lane.queued_bytes for lane in lanes)
         if queued == 0:
             return True
-        return queued + length <= STREAM_QUEUE_BYTES and self._queued_bytes + length <= POOL_QUEUE_BYTES
+        return queued + length + more <= STREAM_QUEUE_BYTES and self._queued_bytes + length <= POOL_QUEUE_BYTES
 
     def _run(self) -> None:
         with contextlib.suppress(OSError):

@@ -75,6 +75,7 @@ class KernelTransport:
         session.mount()
         self._session = session
         operations.on_stuck(session.give_up)
+        operations.before_waits(session.step_aside)
 
         with _on_signals(session.stop):
             session.run(ready)

@@ -174,6 +174,10 @@ class ImageStore:
         """Have it asked whether the writer that waits for a relocation, in whose thread that is, still wants it."""
         self._relocator.abandoned = abandoned
 
+    def before_waits(self, call: Callable[[], None]) -> None:
+        """Have `call` called in a writer's thread before it waits for the hash functions."""
+        self._pool.before_wait = call
+
     def _returned(self, datadir: Datadir) -> None:
         """Serve a datadir that was absent and is open now."""
         datadir.come_back()

@@ -187,6 +187,11 @@ class Writers:
 
         wait_until(at_rest, "writers at rest")
 
+    @property
+    def thread(self) -> int | None:
+        """The first of the threads."""
+        return self._threads[0].ident
+
     def join(self) -> None:
         for thread in self._threads:
             thread.join()
@@ -199,6 +204,19 @@ def test_writer_ahead_of_slow_hashing_waits_instead_of_filling_memory(pool: Hash
     gate.set()
     writers.join()
     assert writers.streams[0].finish(64 * MIB) == digests_by_hashlib(bytes(64 * MIB))
+
+
+def test_writer_says_that_it_waits_and_then_goes_on_with_room_for_more(pool: HashPool, gate: threading.Event) -> None:
+    waits: list[int] = []
+    pool.before_wait = lambda: waits.append(threading.get_ident())
+    writers = Writers(pool, 1, pieces=256)
+    writers.wait_until_held_up(hashing.STREAM_QUEUE_BYTES // 2)
+    assert len(waits) == 1
+    gate.set()
+    writers.join()
+    most = 64 * MIB // hashing.REFILL_BYTES
+    assert len(waits) <= most
+    assert set(waits) == {writers.thread}
 
 
 def test_many_writers_together_stay_within_the_bound_of_the_pool(

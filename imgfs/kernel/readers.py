@@ -1,9 +1,11 @@
 """The threads that read requests: one at a time waits on the descriptor, the others wait for its place.
 
 A thread that reads a request which may take long gives its place up before it answers; one that is quick is answered
-on the spot and the thread reads on, which spares a wake-up for each request. Should a quick request hang all the
-same, a watchdog gives the place away after `PATIENCE_S`. Threads are made when no other is left to take the place,
-up to `MAX_THREADS`, and go when more than `MAX_WAITING` wait. Each reads a descriptor of its own and answers there.
+on the spot and the thread reads on, which spares a wake-up for each request. So are the writes of one image as long
+as nothing else is asked for; who has to wait for more than the disk then calls `step_aside`. Should a request that is
+answered on the spot hang all the same, a watchdog gives the place away after `PATIENCE_S`. Threads are made when no
+other is left to take the place, up to `MAX_THREADS`, and go when more than `MAX_WAITING` wait. Each reads a
+descriptor of its own and answers there.
 
 `_changed` guards the set of threads. That the place is given away twice, in a race with the watchdog, does no harm:
 two threads read then, until one of them finds that the place is no longer its own.
@@ -25,6 +27,7 @@ MAX_WAITING = 8
 PATIENCE_S = 0.005
 LOOKOUT_S = 0.0001
 MAX_MISSES = 8
+ALONE_S = 0.1
 SEVERAL_CPUS = len(os.sched_getaffinity(0)) > 1
 # Requests that move data, or wait for a disk or a digest.
 LONG = frozenset(
@@ -83,6 +86,7 @@ class Readers:
         self._answer = answer
         self._place = threading.Lock()
         self._holder: Device | None = None
+        self._holding = 0  # the thread that has the place
         self._waiting: set[Device] = set()
         self._changed = threading.Condition()
         self._threads: set[threading.Thread] = set()
@@ -90,6 +94,8 @@ class Readers:
         self._ended = threading.Event()
         self._busy: Device | None = None  # the holder of the place, while it answers
         self._requests = 0
+        self._written = b""  # the inode that the latest write was for
+        self._shared_at = 0.0  # when something else was asked for
         self._active = threading.Event()
 
     def __len__(self) -> int:
@@ -112,6 +118,12 @@ class Readers:
             self._changed.notify_all()
         if lost and self._holder is None and not self._waiting and not self._ended.is_set():
             self._grow()
+
+    def step_aside(self) -> None:
+        """The calling thread is about to wait: if it has the place, another one is to read on."""
+        holder = self._holder
+        if holder is not None and self._holding == threading.get_ident():
+            self._give_place_away(holder)
 
     def run(self, ready: Callable[[], None], on_end: Callable[[], None], end_wait_s: float) -> None:
         """Serve until the connection ends; call `on_end`, and give answers under way `end_wait_s` to finish."""
@@ -166,6 +178,7 @@ class Readers:
         if self._ended.is_set():
             self._place.release()
             return False
+        self._holding = threading.get_ident()
         self._holder = device
         return True
 
@@ -177,11 +190,21 @@ class Readers:
             if data is None:
                 self._ended.set()
                 self._give_place_away(device)
-            elif int.from_bytes(data[4:8], "little") in LONG:
+            elif self._takes_long(data):
                 self._give_place_away(device)
                 self._answer(device, data)
             else:
                 self._answer_at_once(device, data)
+
+    def _takes_long(self, data: bytes) -> bool:
+        """Whether somebody else may have to wait too long for the answer to this request."""
+        opcode, now = int.from_bytes(data[4:8], "little"), time.monotonic()
+        if opcode == abi.FUSE_WRITE and data[16:24] == self._written:
+            return now - self._shared_at < ALONE_S
+        if opcode == abi.FUSE_WRITE:
+            self._written = data[16:24]
+        self._shared_at = now
+        return opcode in LONG
 
     def _answer_at_once(self, device: Device, data: bytes) -> None:
         self._requests += 1

@@ -229,6 +229,10 @@ class KernelSession:
 
     # One request, one reply
 
+    def step_aside(self) -> None:
+        """The calling thread, which works on a request, is about to wait: others are to be read meanwhile."""
+        self._readers.step_aside()
+
     def give_up(self, calls: Iterable[StuckCall]) -> None:
         """These calls do not come back: do without their threads, and answer in place of those that are given up.
 

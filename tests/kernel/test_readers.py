@@ -97,31 +97,46 @@ class Queued:
         self.closed = True
 
 
-def request(opcode: int) -> bytes:
-    return bytes(4) + opcode.to_bytes(4, "little")
+def request(opcode: int, inode: int = 1) -> bytes:
+    return bytes(4) + opcode.to_bytes(4, "little") + bytes(8) + inode.to_bytes(8, "little")
 
 
 class Served:
-    """Readers at work on a queue; each GETXATTR waits until `go` is set."""
+    """Readers at work on a queue; each GETXATTR waits until `go` is set, and so does a WRITE once `writes_wait`."""
 
     def __init__(self) -> None:
         self.device = Queued(queue.SimpleQueue())
         self.answered: list[int] = []
         self.waiting: list[int] = []
+        self.writers: list[int] = []
         self.go = threading.Event()
+        self.writes_wait = self.steps_aside = False
         self.readers = Readers(self.device, self._answer)
         self._thread = threading.Thread(target=self.readers.run, args=(lambda: None, lambda: None, 10))
         self._thread.start()
 
     def _answer(self, _device: Queued, data: bytes) -> None:
         opcode = int.from_bytes(data[4:8], "little")
+        if opcode == abi.FUSE_WRITE:
+            self.writers.append(threading.get_ident())
+            if self.steps_aside:
+                self.readers.step_aside()
+            if self.writes_wait:
+                assert self.go.wait(WAIT_SECONDS)
         if opcode == abi.FUSE_GETXATTR:
             self.waiting.append(threading.get_ident())
             assert self.go.wait(WAIT_SECONDS)
         self.answered.append(opcode)
 
-    def send(self, opcode: int) -> None:
-        self.device.queued.put(request(opcode))
+    def send(self, opcode: int, inode: int = 1) -> None:
+        self.device.queued.put(request(opcode, inode))
+
+    def write(self, count: int, inode: int = 1) -> None:
+        """Send so many writes, each when the one before was answered."""
+        for _ in range(count):
+            sent = len(self.answered)
+            self.send(abi.FUSE_WRITE, inode)
+            wait_until(lambda sent=sent: len(self.answered) > sent)
 
     def end(self) -> None:
         self.go.set()
@@ -176,6 +191,46 @@ def test_the_descriptor_of_a_lost_thread_stays_open_to_the_end(served):
     assert not clone.closed
     served.readers.close()
     assert clone.closed
+
+
+@pytest.fixture
+def unwatched(served, monkeypatch) -> Served:
+    """No watchdog sees to it that requests are read; and two writes of an image went before, and then a pause."""
+    monkeypatch.setattr(readers, "PATIENCE_S", WAIT_SECONDS)
+    served.write(2)
+    time.sleep(readers.ALONE_S)
+    return served
+
+
+def test_writes_of_one_image_are_answered_by_the_thread_that_reads(unwatched):
+    unwatched.writers.clear()
+    unwatched.write(50)
+    assert len(set(unwatched.writers)) == 1
+
+
+def test_a_write_beside_other_requests_holds_up_none(unwatched):
+    unwatched.send(abi.FUSE_STATFS)
+    wait_until(lambda: abi.FUSE_STATFS in unwatched.answered)
+    unwatched.writes_wait = True
+    unwatched.send(abi.FUSE_WRITE)
+    unwatched.send(abi.FUSE_LOOKUP)
+    wait_until(lambda: abi.FUSE_LOOKUP in unwatched.answered)
+
+
+def test_a_write_of_another_image_holds_up_none(unwatched):
+    unwatched.writes_wait = True
+    unwatched.send(abi.FUSE_WRITE, inode=2)
+    unwatched.send(abi.FUSE_WRITE, inode=3)
+    wait_until(lambda: len(unwatched.writers) == 4)
+
+
+def test_a_write_that_waits_holds_up_none(unwatched):
+    unwatched.writes_wait = unwatched.steps_aside = True
+    unwatched.send(abi.FUSE_WRITE)
+    unwatched.send(abi.FUSE_STATFS)
+    wait_until(lambda: abi.FUSE_STATFS in unwatched.answered)
+    assert len(unwatched.writers) == 3
+    assert unwatched.answered.count(abi.FUSE_WRITE) == 2
 
 
 def cpu_seconds(pid: int) -> float:
