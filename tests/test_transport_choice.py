@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.clients import assert_sealed, md5, new_image
-from tests.conftest import Mounted, attribute
+from tests.conftest import Mounted, attribute, wait_until
 
 
 @pytest.mark.parametrize("mount", ["auto"], indirect=True)
@@ -16,7 +16,7 @@ def test_auto_takes_the_kernel_transport(
     images = mount(options=options)
     said = f"kernel, passthrough {expected}"
     assert attribute(images.path, "transport") == said
-    assert f"is served by transport {said}" in images.log.read_text()
+    wait_until(lambda: f"is served by transport {said}" in images.log.read_text())  # the mount may answer before
     assert_sealed_image(images)
 
 
