@@ -19,10 +19,14 @@ from imgfs.config import Config, Mode
 from imgfs.errors import MountError
 from imgfs.fuse_ops import ImageOperations
 from imgfs.fusepy_transport import FusepyTransport
+from imgfs.hashing import POOL_QUEUE_BYTES
 from imgfs.kernel_transport import KernelTransport
+from imgfs.linux import keep_freed_memory
 from imgfs.store import ImageStore
 
 log = logging.getLogger(__name__)
+
+BLOCK_BYTES = 4 << 20  # more than a request has
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +61,7 @@ def serve(request: MountRequest, ready: Callable[[], None]) -> None:
     except OSError as error:
         log.warning("the daemon keeps all its capabilities: %s", error.strerror)
     logging.logThreads = False  # naming a foreign thread would keep an object for each for ever
+    keep_freed_memory(POOL_QUEUE_BYTES, BLOCK_BYTES)  # the requests that wait for the hash functions come and go
     os.umask(0o022)  # for directories; images get the mode that was asked for
     transport = choose_transport(request.transport, request.passthrough)
     with ImageStore(request.store_config) as store:

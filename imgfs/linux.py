@@ -2,7 +2,7 @@
 
 fallocate(2) with its modes (posix_fallocate would write zeros where the filesystem can't), sync_file_range(2),
 renameat2(2), the birth time that statx(2) knows, what proc(5) says of a process that is being ended,
-and what a thread can do to be in nobody's way.
+what a thread can do to be in nobody's way, and what becomes of freed memory.
 """
 
 import ctypes
@@ -28,6 +28,7 @@ _STX_BTIME = struct.Struct("=80xqI")
 _IOPRIO_WHO_PROCESS, _IOPRIO_CLASS_IDLE, _IOPRIO_CLASS_SHIFT = 1, 3, 13  # include/uapi/linux/ioprio.h
 _SCHED_ATTR = struct.Struct("=IIQiIQQQ")  # include/uapi/linux/sched/types.h, up to sched_period
 _SHORT_TURN_NS = 100_000  # the shortest there is
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of the GNU C library
 # The C library has no functions for these (include/uapi/asm-generic/unistd.h and the tables of each architecture).
 _IOPRIO_SET = {"x86_64": 251, "aarch64": 30, "riscv64": 30, "ppc64le": 273, "s390x": 282}
 _SCHED_SETATTR = {"x86_64": 314, "aarch64": 274, "riscv64": 274, "ppc64le": 355, "s390x": 345}
@@ -96,6 +97,17 @@ def take_short_turns() -> None:
         nice = os.getpriority(os.PRIO_PROCESS, 0)
         attributes = _SCHED_ATTR.pack(_SCHED_ATTR.size, os.SCHED_OTHER, 0, nice, 0, _SHORT_TURN_NS, 0, 0)
         check(libc.syscall(_number(_SCHED_SETATTR), 0, attributes, 0))
+
+
+def keep_freed_memory(total_bytes: int, block_bytes: int) -> None:
+    """Give freed memory back to the system only beyond `total_bytes`, but blocks of at least `block_bytes` at once.
+
+    To be given memory costs more than to copy a request into it, as the system has to clear it (mallopt(3)). Without
+    the GNU C library nothing is done.
+    """
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_TRIM_THRESHOLD, total_bytes)
+        libc.mallopt(_M_MMAP_THRESHOLD, block_bytes)
 
 
 def is_dying(pid: int) -> bool:
