@@ -69,6 +69,10 @@ class Mounted:
         """A warning or error in the log that matches is part of the test."""
         self.expected_warnings.append(pattern)
 
+    def wait_for_log(self, text: str) -> None:
+        """Until the log has it: the daemon may say so a moment after what can be seen from outside."""
+        wait_until(lambda: text in self.log.read_text(), f"{text!r} in the log")
+
     def unmount(self) -> int:
         """Unmount, wait for the daemon; its exit code."""
         if self.daemon.poll() is None:

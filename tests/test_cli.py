@@ -238,7 +238,7 @@ def test_log_file_that_can_not_be_written_is_refused(imgfs: Imgfs, config: Path,
 def test_foreground_logs_to_stderr_and_stays(mount: Mount) -> None:
     images = mount()
     assert daemon_of(images.path) == images.daemon.pid
-    wait_until(lambda: "INFO: mounted" in images.log.read_text(), "the line that says so")
+    images.wait_for_log("INFO: mounted")
     assert f"transport {attribute(images.path, 'transport')}" in images.log.read_text()
 
 

@@ -212,7 +212,7 @@ def test_copy_made_beside_the_mount_is_told(mount: Mounter) -> None:
     run("cp", "-a", images.datadirs[0] / "x", images.datadirs[1] / "x")
     if mount.transport != "kernel":
         assert os.listdir(images.path) == ["x"]
-    wait_until(lambda: "lies in more than one datadir" in images.log.read_text(), "the warning")
+    images.wait_for_log("lies in more than one datadir")
     with fails_with(errno.EBUSY):
         (images / "x").unlink()
 

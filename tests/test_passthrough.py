@@ -111,7 +111,7 @@ def test_mount_says_whether_it_passes_through(mount: Mount, options: tuple[str, 
     images = mount(options=options)
     said = f"kernel, passthrough {'off' if options else 'on'}"
     assert attribute(images.path, "transport") == said
-    assert f"is served by transport {said}" in images.log.read_text()
+    images.wait_for_log(f"is served by transport {said}")
 
 
 @kernel_only

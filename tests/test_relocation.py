@@ -986,7 +986,7 @@ def test_target_that_hangs_holds_up_nobody_else(faulty: FaultyMaker, filesystem:
     writer.start()
     wait_until(hung.hanging, "the relocation")
     assert_sealed(images / "other", md5(content))
-    wait_until(lambda: "faulty0 is offline" in images.log.read_text(), "the verdict")
+    images.wait_for_log("faulty0 is offline")
     assert attribute(images.path, "datadirs").count('"online": true') == 2
     assert_sealed(images / "new", md5(new_image(images / "new", 1000)))
     hung.heal()

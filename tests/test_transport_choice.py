@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.clients import assert_sealed, md5, new_image
-from tests.conftest import Mounted, attribute, wait_until
+from tests.conftest import Mounted, attribute
 
 
 @pytest.mark.parametrize("mount", ["auto"], indirect=True)
@@ -16,7 +16,7 @@ def test_auto_takes_the_kernel_transport(
     images = mount(options=options)
     said = f"kernel, passthrough {expected}"
     assert attribute(images.path, "transport") == said
-    wait_until(lambda: f"is served by transport {said}" in images.log.read_text())  # the mount may answer before
+    images.wait_for_log(f"is served by transport {said}")
     assert_sealed_image(images)
 
 
@@ -24,7 +24,7 @@ def test_auto_takes_the_kernel_transport(
 def test_fusepy_is_taken_where_it_is_asked_for(mount: Callable[..., Mounted]) -> None:
     images = mount()
     assert attribute(images.path, "transport") == "fusepy"
-    assert "is served by transport fusepy" in images.log.read_text()
+    images.wait_for_log("is served by transport fusepy")
     assert_sealed_image(images)
 
 

@@ -170,7 +170,7 @@ def test_auto_falls_back_to_fusepy_where_the_kernel_transport_can_not_mount(
     """Without fusermount3 in its path; libfuse 2 has a fusermount of its own, by its full name."""
     with UserMount(home, second_user, *options, PATH="/nonexistent") as images:
         assert run_as(second_user, *GETFATTR, "user.imgfs.transport", images.path).stdout == "fusepy"
-        assert "is served by transport fusepy" in images.log.read_text()
+        wait_until(lambda: "is served by transport fusepy" in images.log.read_text())
         run_as(second_user, "cp", "/etc/passwd", images.path / "a")
         checksum = run_as(second_user, *GETFATTR, "user.imgfs.checksum", images.path / "a").stdout
         assert checksum == digest(Path("/etc/passwd"))
