@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 WAIT_SECONDS = 0.1
 RELEASE_SECONDS = 0.5
 WRITEBACK_BYTES = 16 << 20
+PIECE_BYTES = 256 << 10  # a system call that other threads can wait for
 _ZEROS = bytes(1 << 20)
 _ZEROING = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_ZERO_RANGE
 _READ = os.O_RDONLY | os.O_CLOEXEC
@@ -352,7 +353,7 @@ class Image:
         view, written = memoryview(data), 0
         while written < len(data):
             try:
-                written += os.pwrite(fd, view[written:], offset + written)
+                written += os.pwrite(fd, view[written : written + PIECE_BYTES], offset + written)
             except OSError:
                 if written:
                     break

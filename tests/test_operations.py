@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from imgfs import ImageStore, fuse_ops
+from imgfs import ImageStore, fuse_ops, image
 from imgfs.fuse_ops import ImageOperations
 from imgfs.times import UTIME_NOW, UTIME_OMIT
 from tests.conftest import wait_until
@@ -248,6 +248,42 @@ def test_request_is_refused_with_its_errno(
     assert caplog.records == []
     assert (listed(ops), get(ops)) == (["x"], CONTENT)
     assert sorted(os.listdir(tmp_path / "high")) == [".imgfs", "x"]
+
+
+def test_large_write_reaches_the_datadir_in_pieces(ops: ImageOperations, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = os.urandom(1 << 20)
+    lengths: list[int] = []
+    pwrite = os.pwrite
+
+    def watched(fd: int, piece: memoryview, offset: int) -> int:
+        lengths.append(len(piece))
+        return pwrite(fd, piece, offset)
+
+    monkeypatch.setattr(os, "pwrite", watched)
+    put(ops, data=data)
+    assert get(ops) == data
+    assert lengths == [image.PIECE_BYTES] * 4
+
+
+def test_write_whose_second_piece_fails_tells_what_was_written(
+    ops: ImageOperations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = os.urandom(1 << 20)
+    pwrite = os.pwrite
+
+    def failing(fd: int, piece: memoryview, offset: int) -> int:
+        if offset:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return pwrite(fd, piece, offset)
+
+    fh = ops("create", "/x", 0o640)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", failing)
+        assert ops("write", "/x", data, 0, fh) == image.PIECE_BYTES
+    rest = data[image.PIECE_BYTES :]
+    assert ops("write", "/x", rest, image.PIECE_BYTES, fh) == len(rest)
+    ops("release", "/x", fh)
+    assert attribute(ops, "checksum") == hashlib.md5(data).hexdigest()
 
 
 def test_handle_for_reading_refuses_to_write(ops: ImageOperations) -> None:
