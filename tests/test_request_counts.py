@@ -4,6 +4,7 @@ Each request is a round trip between two processes, which costs more than most h
 than is written here has become slower for everybody; one that sends fewer is a reason to lower the number.
 """
 
+import os
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -114,16 +115,22 @@ def test_create_and_unlink(mounted: Mounted, requests: Requests) -> None:
 
 
 def test_writes_use_memory_that_the_daemon_has(mounted: Mounted, tmp_path: Path) -> None:
-    """What the system gives it has to be cleared first, which takes longer than to copy a request into it."""
+    """What the system gives it has to be cleared first, which takes longer than to copy a request into it.
+
+    A daemon that keeps its memory is soon given no more, as what it has waiting at once is bounded; which of the
+    copies takes the most depends on how busy the machine is. One that does not keep it is given some for every copy.
+    """
 
     def page_faults() -> int:
         return int(Path(f"/proc/{mounted.daemon.pid}/stat").read_text().rpartition(")")[2].split()[7])
 
+    def given_for_a_copy(number: int) -> int:
+        before = page_faults()
+        run("cp", source, mounted / f"copy-{number}")
+        assert_sealed(mounted / f"copy-{number}")
+        (mounted / f"copy-{number}").unlink()
+        return page_faults() - before
+
     source = tmp_path / "source"
     source.write_bytes(bytes(range(256)) * (64 * MIB // 256))
-    run("cp", source, mounted / "first")
-    assert_sealed(mounted / "first")
-    before = page_faults()
-    run("cp", source, mounted / "second")
-    assert_sealed(mounted / "second")
-    assert page_faults() - before < 64 * MIB // 4096 // 4
+    assert min(given_for_a_copy(number) for number in range(12)) < MIB // os.sysconf("SC_PAGE_SIZE")
