@@ -80,7 +80,7 @@ class KernelTransport:
         with _on_signals(session.stop):
             session.run(ready)
 
-    def _changed(self, name: str | None, data: bool) -> None:
+    def _changed(self, name: str | None, data: bool, gone: bool = False) -> None:
         """Make the kernel forget what it keeps of a changed image."""
         if self._session is None:
             return
@@ -90,7 +90,7 @@ class KernelTransport:
         if not name:
             self._session.invalidate_root()
             return
-        self._session.look_again(name, lambda: self._find(name), data=data)
+        self._session.look_again(name, lambda: self._find(name), data=data, gone=gone)
 
     def _find(self, name: str) -> Found | None:
         try:

@@ -45,7 +45,7 @@ from imgfs.relocation import Relocator
 from imgfs.resealing import Resealer
 from imgfs.sealing import Sealer, SealingRules
 from imgfs.timed import TimedImage
-from imgfs.watching import Watcher, watch
+from imgfs.watching import Change, Watcher, watch
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +53,14 @@ NEW_IMAGE_MODE = 0o640
 LONG_GAP_BYTES = 64 << 20  # takes 0.1 s to hash; a writer does not wait for more, the image is read again
 
 T = TypeVar("T")
-ImageChanged = Callable[[str | None, bool], None]
-"""Told a name (None: any; empty: the listing), and whether the bytes may have changed, not only attributes."""
+
+
+class ImageChanged(Protocol):
+    """Told a name (None: any; empty: the listing), whether the bytes may have changed, not only attributes, and
+    whether the name just went: who knows nothing of it need not look it up."""
+
+    def __call__(self, name: str | None, data: bool, gone: bool = False, /) -> None: ...
+
 
 
 class Readable(Protocol):
@@ -85,7 +91,7 @@ class ImageStore:
         self._pool = HashPool()
         rules = SealingRules(config.hashing_algo, config.file_perm)
         self._sealer = Sealer(self._pool, rules, self._sealed, self._make_room_for_record)
-        self._changed: ImageChanged = lambda _name, _bytes: None
+        self._changed: ImageChanged = lambda _name, _data, _gone=False: None
         self._stuck: Callable[[list[Call]], None] = lambda _calls: None
         self._watcher: Watcher | None = None
         self._resealer: Resealer | None = None
@@ -196,18 +202,18 @@ class ImageStore:
     def _make_room_for_record(self, image: Image) -> None:
         self._relocator.make_room_for_record(image)
 
-    def _changed_directly(self, told: dict[str, bool] | None) -> None:
+    def _changed_directly(self, told: dict[str, Change] | None) -> None:
         """Pass on what may be news; of an image that is written here right now nobody keeps anything."""
         if told is None:
             self._changed(None, True)
             return
         busy = {image.name for image in self._namespace.live_images() if image.unsealed or image.sealing}
-        names_told = told.keys() - busy
-        if names_told and len(self.datadirs) > 1:
-            self._namespace.copies.suspect(names_told)
-        for name in names_told:
-            self._changed(name, told[name])
-        if names_told:
+        news = {name: change for name, change in told.items() if name not in busy}
+        if len(self.datadirs) > 1 and (there := [name for name, change in news.items() if not change.gone]):
+            self._namespace.copies.suspect(there)
+        for name, change in news.items():
+            self._changed(name, *change)
+        if news:
             self._changed("", False)
 
     def _new_stream(self) -> DigestStream:

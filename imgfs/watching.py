@@ -14,7 +14,7 @@ import select
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from imgfs import names
 from imgfs.datadir import Datadir
@@ -31,8 +31,17 @@ BURST_EVENTS = 64
 PAUSE_SECONDS = 0.02
 END_SECONDS = 5.0
 
-Changed = Callable[[dict[str, bool] | None], None]
-"""Told names, each with whether its bytes may have changed; None: anything may have."""
+
+
+class Change(NamedTuple):
+    """What happened to a name: whether bytes may have changed, and whether all that is known is that it is gone."""
+
+    data: bool
+    gone: bool
+
+
+Changed = Callable[[dict[str, Change] | None], None]
+"""Told names, each with what happened to it; None: anything may have."""
 
 
 def _inotify() -> Any:
@@ -52,6 +61,7 @@ class Watcher:
         self._inotify = self._library.INotify()
         flags = self._library.flags
         self._bytes = flags.MODIFY
+        self._gone = flags.DELETE | flags.MOVED_FROM
         self._overflow = flags.Q_OVERFLOW
         mask = flags.CREATE | flags.DELETE | flags.MOVED_FROM | flags.MOVED_TO | flags.MODIFY | flags.ATTRIB
         for datadir in datadirs:
@@ -90,10 +100,15 @@ class Watcher:
         if any(event.mask & self._overflow for event in events):
             self._changed(None)
             return
-        told: dict[str, bool] = {}
+        last = {(event.name, event.wd): event.mask for event in events}
+        told: dict[str, Change] = {}
         for event in events:
             if not names.is_reserved(event.name):
-                told[event.name] = told.get(event.name, False) or bool(event.mask & self._bytes)
+                before = told.get(event.name, Change(data=False, gone=True))
+                told[event.name] = Change(
+                    data=before.data or bool(event.mask & self._bytes),
+                    gone=before.gone and bool(last[event.name, event.wd] & self._gone),
+                )
         self._changed(told)
 
 

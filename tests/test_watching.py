@@ -10,7 +10,7 @@ import pytest
 
 from imgfs.config import DatadirConfig
 from imgfs.datadir import Datadir
-from imgfs.watching import Watcher, watch
+from imgfs.watching import Change, Watcher, watch
 from tests.conftest import Mounted, Mounter, wait_until
 
 ON_KERNEL = pytest.mark.parametrize("mount", ["kernel"], indirect=True)
@@ -23,11 +23,11 @@ class Told:
         self.names: dict[str, bool] = {}
         self._lock = threading.Lock()
 
-    def __call__(self, told: dict[str, bool] | None) -> None:
+    def __call__(self, told: dict[str, Change] | None) -> None:
         assert told is not None
         with self._lock:
-            for name, data in told.items():
-                self.names[name] = self.names.get(name, False) or data
+            for name, change in told.items():
+                self.names[name] = self.names.get(name, False) or change.data
 
 
 @pytest.fixture
