@@ -281,7 +281,7 @@ class Datadir:
         self._read_only_until = time.monotonic() + seconds
 
     def _turned_writable(self) -> None:
-        if self._read_only_until and time.monotonic() >= self._read_only_until:
+        if time.monotonic() >= self._read_only_until:
             log.info("datadir %s is used for new images again", self.path)
             self._read_only_until = 0.0
 
@@ -439,10 +439,11 @@ class Datadir:
     def free_bytes(self) -> int:
         """What an unprivileged user may still write, in bytes (Glance behaviour 6)."""
         numbers = self.filesystem()
-        if self.writable and numbers.f_flag & os.ST_RDONLY:
+        if numbers.f_flag & os.ST_RDONLY and self.writable:
             self._turned_read_only(0)
             return 0
-        self._turned_writable()
+        if self._read_only_until:
+            self._turned_writable()
         if numbers.f_blocks == 0:
             return UNTOLD_BYTES
         return max(0, numbers.f_bavail * numbers.f_frsize)

@@ -14,6 +14,7 @@ import contextlib
 import errno
 import itertools
 import logging
+import operator
 import os
 import re
 import stat
@@ -46,6 +47,7 @@ RELEASED_SECONDS = 2.0
 _HIDDEN = re.compile(r"/\.fuse_hidden[0-9a-f]{16}")
 
 Caller = Callable[[], tuple[int, int, int]]
+_directory_status = operator.methodcaller("directory_status")
 
 
 def _fusepy_caller() -> tuple[int, int, int]:
@@ -208,7 +210,7 @@ class ImageOperations:
 
     def _root_status(self) -> dict[str, int]:
         """The root shows the first datadir's owner and mode, and the latest times of all that are online."""
-        first, *others = self._store.answers(lambda datadir: datadir.directory_status()) or [os.stat(ROOT)]
+        first, *others = self._store.answers(_directory_status) or [os.stat(ROOT)]
         size, blocks = first.st_size, first.st_blocks
         atime, mtime, ctime = first.st_atime_ns, first.st_mtime_ns, first.st_ctime_ns
         for other in others:  # the kernel asks for this after each create and each unlink
@@ -305,9 +307,10 @@ class ImageOperations:
 
     def unlink(self, path: str) -> int:
         """unlink(2)."""
-        with self._lock:
-            if self._aliases.pop(path, None) is not None:
-                return 0  # libfuse 2 forgets an image that is gone already
+        if self._aliases:
+            with self._lock:
+                if self._aliases.pop(path, None) is not None:
+                    return 0  # libfuse 2 forgets an image that is gone already
         self._store.delete(_name(path))
         return 0
 
@@ -401,7 +404,8 @@ class ImageOperations:
             handle = self._handles.pop(fh, None)
             if handle is None:
                 return 0
-            self._move_alias(fh, handle)
+            if self._aliases:
+                self._move_alias(fh, handle)
             self._note_released(handle.image.key)
         self._store.close_handle(handle)
         return 0

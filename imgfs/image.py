@@ -4,8 +4,8 @@ An `Image` stands for one inode of a datadir and lives in the store's table as l
 by sealing, by one call). What has to outlast that is in the record. It knows nothing of the namespace.
 
 Threading: `change_lock` keeps changes of the file and of its record apart, one at a time; it is held over I/O on
-this file alone. `lock` (a condition) guards the fields marked so and is never held over I/O; waiters for a state
-wait on it. Where both are taken, `change_lock` comes first.
+this file alone. `lock` guards the fields marked so and is never held over I/O; who waits for a state waits for one of
+them to change. Where both are taken, `change_lock` comes first.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ from imgfs.hashing import DigestStream
 from imgfs.linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, fallocate, start_writeback
 from imgfs.record import Expectations, Record, State
 from imgfs.times import set_times
+from imgfs.waiters import Waiters
 from imgfs.xattrs import proc_path
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,8 @@ class Image:
         self.path_fd = path_fd
         self.references = 0  # guarded by the store's table lock
         self.change_lock = threading.RLock()
-        self.lock = threading.Condition()
+        self.lock = threading.Lock()
+        self.waiters = Waiters(self.lock)
         self.handles = 0  # guarded by lock
         self.writers = 0  # guarded by lock: handles that may write
         self.writing = 0  # guarded by lock: of those, the ones that have written
@@ -443,12 +445,12 @@ class Image:
                 self.seal_error = None
                 return False
             self.sealing = False
-            self.lock.notify_all()
+            self.waiters.wake()
             return True
 
     def may_rest(self) -> bool:
         """Whether nobody would miss the seal for a moment: the image is empty, and nothing is expected of it."""
-        return self.expectations == NOTHING_EXPECTED and self.status().st_size == 0
+        return self.expectations is NOTHING_EXPECTED and self.status().st_size == 0
 
     def take_stream(self) -> tuple[DigestStream | None, int]:
         """Hand the stream over to sealing, with the count of changes it stands for; later writes break it."""
@@ -469,7 +471,7 @@ class Image:
         deadline = time.monotonic() + RELEASE_SECONDS
         with self.lock:
             while self.unsealed and self.writers and not self.unflushed and time.monotonic() < deadline:
-                self.lock.wait(WAIT_SECONDS)
+                self.waiters.wait(WAIT_SECONDS)
             return not (self.unsealed and self.writers)
 
     def wait_while_sealing(self, interrupted: Callable[[], bool]) -> None:
@@ -479,7 +481,7 @@ class Image:
                 self.datadir.require_online()
                 if interrupted():
                     raise Interrupted("interrupted while waiting for the image to be sealed")
-                self.lock.wait(WAIT_SECONDS)
+                self.waiters.wait(WAIT_SECONDS)
 
     @contextlib.contextmanager
     def awaiting_seal(self) -> Iterator[None]:
@@ -606,8 +608,9 @@ class Handle:
             if not self.writable or image.writers:
                 return False
             image.declared_bytes = 0
-            image.lock.notify_all()
-            return image.unsealed and not image.abandoned and image.name is not None and image.begin_sealing()
+            image.waiters.wake()
+            complete = image.unsealed and not image.abandoned and image.name is not None
+        return complete and image.begin_sealing()
 
     def sync(self, data_only: bool = False) -> None:
         """fsync(2) or fdatasync(2)."""

@@ -3,6 +3,8 @@
 import threading
 from collections.abc import Callable, Collection
 
+from imgfs.waiters import Waiters
+
 POLL_SECONDS = 0.5
 
 
@@ -17,44 +19,48 @@ class NameLocks:
     """
 
     def __init__(self, require_alive: Callable[[int], None] = _never) -> None:
-        self._changed = threading.Condition(threading.Lock())
-        self._held: dict[str, int] = {}  # guarded by _changed: name -> the thread that holds it
+        self._lock = threading.Lock()
+        self._waiters = Waiters(self._lock)
+        self._holders: dict[str, int] = {}  # guarded by _lock: name -> the thread that holds it
         self._require_alive = require_alive
 
     def held(self, *names: str) -> "HeldNames":
         """Hold the locks of all `names` at once in a `with`, so that two holders of several can't deadlock."""
-        return HeldNames(self._changed, self._held, set(names), self._require_alive)
+        return HeldNames(self, names if len(names) < 2 else tuple(set(names)))
+
+    def take(self, names: tuple[str, ...]) -> None:
+        """Take the locks of different names, once all are free."""
+        holders, thread = self._holders, threading.get_ident()
+        with self._lock:
+            while taken := [name for name in names if name in holders]:
+                if not self._waiters.wait(POLL_SECONDS):
+                    for name in taken:
+                        if name in holders:
+                            self._require_alive(holders[name])
+            for name in names:
+                holders[name] = thread
+
+    def give_back(self, names: tuple[str, ...]) -> None:
+        """Give up what was taken."""
+        with self._lock:
+            for name in names:
+                del self._holders[name]
+            self._waiters.wake()
 
 
 class HeldNames:
     """The locks of some names, held in a `with` block."""
 
-    __slots__ = ("_changed", "_held", "_require_alive", "_wanted")
+    __slots__ = ("_locks", "_names")
 
-    def __init__(
-        self,
-        changed: threading.Condition,
-        held: dict[str, int],
-        wanted: set[str],
-        require_alive: Callable[[int], None],
-    ) -> None:
-        self._changed, self._held, self._wanted, self._require_alive = changed, held, wanted, require_alive
+    def __init__(self, locks: NameLocks, names: tuple[str, ...]) -> None:
+        self._locks, self._names = locks, names
 
     def __enter__(self) -> None:
-        with self._changed:
-            while taken := self._wanted & self._held.keys():
-                if not self._changed.wait(POLL_SECONDS):
-                    for name in taken & self._held.keys():
-                        self._require_alive(self._held[name])
-            thread = threading.get_ident()
-            for name in self._wanted:
-                self._held[name] = thread
+        self._locks.take(self._names)
 
     def __exit__(self, *_: object) -> None:
-        with self._changed:
-            for name in self._wanted:
-                del self._held[name]
-            self._changed.notify_all()
+        self._locks.give_back(self._names)
 
 
 class Turn:

@@ -17,7 +17,8 @@ import stat
 import threading
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from itertools import chain
+from typing import NamedTuple, TypeVar
 
 from imgfs import names, placement
 from imgfs.copies import Copies, copies_of, described
@@ -43,8 +44,7 @@ _PASSED_OVER = FULL_ERRNOS | {errno.EROFS}
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class Owner:
+class Owner(NamedTuple):
     """Whom a new image belongs to; -1: whomever the datadir gives it to.
 
     `by_default`: the group gives way to that of a set-gid datadir, as for any new file (inode(7)).
@@ -91,6 +91,7 @@ class Namespace:
         """
         self._image_class = image_class
         self.datadirs = datadirs
+        self._tiers = placement.tiers(datadirs)
         self._removed = removed
         self._noted = noted
         self._new_stream = new_stream
@@ -308,11 +309,12 @@ class Namespace:
         names.check(name)
         with self._names.held(name):
             placed = self._placed(None)
+            best = next(placed, None)
             # The first one placed says itself whether it has the name (O_EXCL), before anything else.
-            if self._is_taken(name, but=placed[:1]):
+            if self._is_taken(name, but=(best,)):
                 raise ImageExists(f"image {name!r} exists")
             self._require_not_offline(name)
-            datadir, fd, status = self._create_in(placed, name, mode, owner)
+            datadir, fd, status = self._create_in(chain((best,) if best else (), placed), name, mode, owner)
             fresh = self._image(datadir, name, fd, status)
             fresh.adopt(fd)
             with self._table_lock:
@@ -322,7 +324,7 @@ class Namespace:
             self._hand_over(fresh, live)
         return live
 
-    def _is_taken(self, name: str, but: Container[Datadir]) -> bool:
+    def _is_taken(self, name: str, but: Container[Datadir | None] = ()) -> bool:
         """Whether anything has a name in some datadir other than those given, as far as can be asked."""
         for datadir in self.datadirs:
             if datadir.offline is None and datadir not in but:
@@ -348,7 +350,7 @@ class Namespace:
         """
         with self._placing:
             image.declared_bytes = 0
-            fitting = self._placed(max(0, size - image.status().st_blocks * 512))
+            fitting = list(self._placed(max(0, size - image.status().st_blocks * 512)))
             if image.datadir in fitting:
                 self.declare(image, size)
         return fitting
@@ -380,6 +382,8 @@ class Namespace:
 
     def reserved_bytes(self, datadir: Datadir) -> int:
         """What is promised to images that are being written on a datadir's filesystem and not allocated yet."""
+        if not self._declared and not self._promises:
+            return 0
         with self._table_lock:
             declared = list(self._declared)
             for image in declared:
@@ -395,15 +399,19 @@ class Namespace:
             for image in declared:
                 self.let_go(image)
 
-    def _placed(self, size: int | None) -> list[Datadir]:
-        candidates = (self._candidate(datadir) for datadir in self.datadirs if datadir.takes_images)
-        return placement.order([candidate for candidate in candidates if candidate is not None], size)
+    def _placed(self, size: int | None) -> Iterator[Datadir]:
+        return placement.order(map(self._candidates, self._tiers), size)
+
+    def _candidates(self, tier: Iterable[Datadir]) -> Iterator[placement.Candidate[Datadir]]:
+        for datadir in tier:
+            if datadir.takes_images and (candidate := self._candidate(datadir)) is not None:
+                yield candidate
 
     def _candidate(self, datadir: Datadir) -> placement.Candidate[Datadir] | None:
         """None for one that turns out to be lost."""
         kept = self.reserved_bytes(datadir) + datadir.config.min_free_bytes
         try:
-            return placement.Candidate(datadir, datadir.priority, datadir.free_bytes() - kept)
+            return placement.Candidate(datadir, datadir.free_bytes() - kept)
         except OSError as error:
             if not datadir.may_be_spared(error):
                 raise
@@ -566,7 +574,7 @@ class Namespace:
 
     def _rename(self, image: Image, old: str, new: str, target: Image | None) -> None:
         here = target is not None and target.datadir is image.datadir
-        if self._is_taken(new, but=[target.datadir] if target else []):
+        if self._is_taken(new, but=(target.datadir if target else None,)):
             self._refuse_taken(new)
         if target is not None:
             # What replaces an image must be on stable storage before that is gone.

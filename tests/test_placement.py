@@ -1,15 +1,41 @@
 """Choosing the datadir: priority first, then free space, and only where there is room."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import pytest
 
-from imgfs.placement import UNKNOWN_SIZE_BYTES, Candidate, order
+from imgfs import placement
+from imgfs.placement import UNKNOWN_SIZE_BYTES, Candidate
 
 GB = 10**9
 
 
-def candidates(**priority_and_free: tuple[int, int]) -> list[Candidate[str]]:
-    """One candidate for each keyword: its priority and free bytes."""
-    return [Candidate(name, *numbers) for name, numbers in priority_and_free.items()]
+@dataclass
+class Place:
+    """A datadir, as far as placement is concerned."""
+
+    name: str
+    priority: int
+    free_bytes: int
+    measured: bool = False
+
+    def candidate(self) -> Candidate[str]:
+        self.measured = True
+        return Candidate(self.name, self.free_bytes)
+
+
+def candidates(**priority_and_free: tuple[int, int]) -> list[Place]:
+    """One place for each keyword: its priority and free bytes."""
+    return [Place(name, *numbers) for name, numbers in priority_and_free.items()]
+
+
+def in_order(places: list[Place], size: int | None) -> Iterator[str]:
+    return placement.order(((place.candidate() for place in tier) for tier in placement.tiers(places)), size)
+
+
+def order(places: list[Place], size: int | None) -> list[str]:
+    return list(in_order(places, size))
 
 
 def test_highest_priority_comes_first_however_little_is_free() -> None:
@@ -55,3 +81,9 @@ def test_unknown_size_passes_over_a_nearly_full_datadir() -> None:
 
 def test_unknown_size_takes_any_free_byte_where_there_is_nothing_better() -> None:
     assert order(candidates(fast=(200, 0), middle=(100, 1), slow=(0, 2)), None) == ["middle", "slow"]
+
+
+def test_lower_priorities_are_not_even_measured_where_the_highest_has_room() -> None:
+    places = candidates(slow=(0, GB), fast=(200, GB), equal=(200, 2 * GB))
+    assert next(in_order(places, None)) == "equal"
+    assert [place.name for place in places if place.measured] == ["fast", "equal"]

@@ -72,12 +72,13 @@ class RequestContext:
 
     def begin(self, header: Header, device: Device | None = None, data: bytes = b"", again: bool = False) -> Work:
         """The calling thread works on this request until `end`."""
-        work: Work | None = getattr(self._local, "work", None)
-        if work is None:
+        try:
+            work: Work = self._local.work
+        except AttributeError:
             work = self._local.work = Work()
         work.header, work.device, work.data = header, device, data
-        work.key = ~header.unique if again else header.unique
-        self._running[work.key] = work
+        work.key = key = ~header.unique if again else header.unique
+        self._running[key] = work
         if self._early and header.unique in self._early:
             del self._early[header.unique]
             work.interrupted_unique = header.unique

@@ -15,6 +15,8 @@ from imgfs.kernel import abi
 
 PATH = "/dev/fuse"
 _HEADERS = abi.fuse_in_header.size + abi.fuse_write_in.size
+_OUT_HEADER_SIZE = abi.fuse_out_header.size
+_pack_out_header = abi.fuse_out_header.pack
 _GONE = frozenset({errno.ENODEV, errno.ECONNABORTED, errno.EBADF})
 _AGAIN = frozenset({errno.EINTR, errno.EAGAIN, errno.ENOENT})
 
@@ -67,12 +69,12 @@ class Device:
 
     def reply(self, unique: int, payload: Payload) -> None:
         """Answer a request with success."""
-        length = abi.fuse_out_header.size + len(payload)
-        self._write(abi.fuse_out_header.pack(length, 0, unique), payload)
+        length = _OUT_HEADER_SIZE + len(payload)
+        self._write(_pack_out_header(length, 0, unique), payload)
 
     def refuse(self, unique: int, code: int) -> None:
         """Answer a request with a (positive) errno."""
-        self._write(abi.fuse_out_header.pack(abi.fuse_out_header.size, -code, unique), b"")
+        self._write(_pack_out_header(_OUT_HEADER_SIZE, -code, unique), b"")
 
     def notify(self, notification: bytes) -> None:
         """Send a notification; what the kernel does not know anyway is no error."""

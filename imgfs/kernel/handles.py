@@ -10,11 +10,12 @@ only direct and cached opens mix. One lock guards everything; the ioctls under i
 import errno
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from imgfs.kernel import abi
+from imgfs.waiters import Waiters
 
 
 @dataclass(slots=True)
@@ -53,7 +54,7 @@ _CACHED = abi.FOPEN_KEEP_CACHE
 _DIRECT = abi.FOPEN_DIRECT_IO | abi.FOPEN_PARALLEL_DIRECT_WRITES
 
 
-def open_flags(writes: bool, others: Iterable[Handle], passed_through: bool) -> int:
+def open_flags(writes: bool, others: Collection[Handle], passed_through: bool) -> int:
     """The FOPEN_ flags of one more open of an inode that `others` have open.
 
     A writer always does direct I/O, so that every byte comes by here, unless a cached reader must see it;
@@ -61,7 +62,8 @@ def open_flags(writes: bool, others: Iterable[Handle], passed_through: bool) -> 
     """
     if passed_through:
         return abi.FOPEN_PASSTHROUGH | (_DIRECT if writes else abi.FOPEN_NOFLUSH)
-    others = list(others)
+    if not others:
+        return _DIRECT if writes else _CACHED | abi.FOPEN_NOFLUSH
     if any(not other.open_flags & abi.FOPEN_DIRECT_IO for other in others):
         return _CACHED if writes else _CACHED | abi.FOPEN_NOFLUSH
     if writes or any(other.writes for other in others):
@@ -79,7 +81,7 @@ class Handles:
         self._handles: dict[int, Handle] = {}
         self._inodes: dict[int, Inode] = {}
         self._lock = threading.Lock()
-        self._released = threading.Condition(self._lock)
+        self._waiters = Waiters(self._lock)
 
     def __len__(self) -> int:
         return len(self._handles)
@@ -120,7 +122,9 @@ class Handles:
         """
         handle = Handle(fh, nodeid, flags, 0)
         with self._lock:
-            inode = self._inodes.setdefault(nodeid, Inode())
+            inode = self._inodes.get(nodeid)
+            if inode is None:
+                inode = self._inodes[nodeid] = Inode()
             if not inode.handles and not handle.writes and backing_fd is not None:
                 inode.backing_id = self._register(backing_fd)
             passed_through = bool(inode.backing_id)
@@ -140,7 +144,7 @@ class Handles:
                 del self._inodes[handle.nodeid]
                 if inode.backing_id:
                     self._unregister(inode.backing_id)
-            self._released.notify_all()
+            self._waiters.wake()
 
     def wait_for_closed(self, nodeid: int, timeout_s: float) -> None:
         """Wait for releases that are on their way.
@@ -151,8 +155,8 @@ class Handles:
         inode = self._inodes.get(nodeid)
         if inode is None or inode.backing_id:
             return
-        with self._released:
-            self._released.wait_for(lambda: not self._closing(nodeid), timeout_s)
+        with self._lock:
+            self._waiters.wait_for(lambda: not self._closing(nodeid), timeout_s)
 
     def _closing(self, nodeid: int) -> bool:
         inode = self._inodes.get(nodeid)

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterable
 
 from imgfs.kernel.abi import FUSE_ROOT_ID
+from imgfs.waiters import Waiters
 
 ROOT_PATH = "/"
 
@@ -32,23 +33,16 @@ class Node:
 class Changing:
     """A change of what some paths mean, under way in a `with` block."""
 
-    __slots__ = ("_changing", "_paths", "_settled")
+    __slots__ = ("_nodes", "_paths")
 
-    def __init__(self, changing: dict[str, int], settled: threading.Condition, paths: tuple[str, ...]) -> None:
-        self._changing, self._settled, self._paths = changing, settled, paths
+    def __init__(self, nodes: "Nodes", paths: tuple[str, ...]) -> None:
+        self._nodes, self._paths = nodes, paths
 
     def __enter__(self) -> None:
-        with self._settled:
-            for path in self._paths:
-                self._changing[path] = self._changing.get(path, 0) + 1
+        self._nodes.begin_change(self._paths)
 
     def __exit__(self, *_: object) -> None:
-        with self._settled:
-            for path in self._paths:
-                self._changing[path] -= 1
-                if not self._changing[path]:
-                    del self._changing[path]
-            self._settled.notify_all()
+        self._nodes.end_change(self._paths)
 
 
 class Nodes:
@@ -60,8 +54,8 @@ class Nodes:
         self._by_path = {ROOT_PATH: root}
         self._next_nodeid = FUSE_ROOT_ID + 1
         self._lock = threading.Lock()
-        self._changing: dict[str, int] = {}
-        self._settled = threading.Condition(self._lock)
+        self._changing: dict[str, int] = {}  # guarded by _lock: path -> how many change it
+        self._waiters = Waiters(self._lock)
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -144,7 +138,22 @@ class Nodes:
 
     def changing(self, *paths: str) -> "Changing":
         """In a `with` block of this, what is learnt about one of the paths may belong to its old or new image."""
-        return Changing(self._changing, self._settled, paths)
+        return Changing(self, paths)
+
+    def begin_change(self, paths: Iterable[str]) -> None:
+        """What `changing` does first."""
+        with self._lock:
+            for path in paths:
+                self._changing[path] = self._changing.get(path, 0) + 1
+
+    def end_change(self, paths: Iterable[str]) -> None:
+        """What it does in the end."""
+        with self._lock:
+            for path in paths:
+                self._changing[path] -= 1
+                if not self._changing[path]:
+                    del self._changing[path]
+            self._waiters.wake()
 
     def steady(self, path: str | None) -> bool:
         """Whether nobody is `changing` the path just now."""
@@ -152,8 +161,8 @@ class Nodes:
 
     def wait_steady(self, path: str | None, timeout_s: float) -> None:
         """Wait until nobody changes the path, or the time is over."""
-        with self._settled:
-            self._settled.wait_for(lambda: path not in self._changing, timeout_s)
+        with self._lock:
+            self._waiters.wait_for(lambda: path not in self._changing, timeout_s)
 
     def _attach(self, node: Node | None, path: str) -> None:
         if node is not None:

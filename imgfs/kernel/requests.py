@@ -13,6 +13,7 @@ from imgfs.kernel import abi
 
 HEADER_SIZE = abi.fuse_in_header.size
 _new = tuple.__new__  # what NamedTuple's own constructor does, without a Python call for each request
+_unpack_header = abi.fuse_in_header.unpack_from
 T = TypeVar("T", bound=NamedTuple)
 
 
@@ -240,7 +241,7 @@ def parse_header(data: bytes) -> Header:
     """The header of a request read from the device; its length must be that of the data."""
     if len(data) < HEADER_SIZE:
         raise MalformedRequest(f"{len(data)} bytes are no request")
-    header = _new(Header, abi.fuse_in_header.unpack_from(data))
+    header = _new(Header, _unpack_header(data))
     if header.len != len(data):
         raise MalformedRequest(f"request of {len(data)} bytes says it has {header.len}")
     return header
@@ -261,7 +262,7 @@ def parse_init(data: bytes) -> InitIn:
 def parse_name(data: bytes) -> Name:
     if data.find(b"\0", HEADER_SIZE) != len(data) - 1 or len(data) < HEADER_SIZE + 2:
         raise MalformedRequest(f"{data[HEADER_SIZE:]!r} is no name")
-    return Name(data[HEADER_SIZE:-1])
+    return _new(Name, (data[HEADER_SIZE:-1],))
 
 
 def parse_batch_forget(data: bytes) -> BatchForgetIn:
@@ -300,7 +301,7 @@ def parse_rename2(data: bytes) -> RenameIn:
 
 
 def parse_create(data: bytes) -> CreateIn:
-    return CreateIn._make((*_unpack(abi.fuse_create_in, data), _name_after(abi.fuse_create_in, data)))
+    return _new(CreateIn, (*_unpack(abi.fuse_create_in, data), _name_after(abi.fuse_create_in, data)))
 
 
 def parse_write(data: bytes) -> WriteIn:
