@@ -31,6 +31,7 @@ from imgfs.hashing import never
 from imgfs.image import Handle, Image, Key
 from imgfs.linux import RENAME_EXCHANGE, RENAME_NOREPLACE, birth_time_ns
 from imgfs.namespace import Owner
+from imgfs.status import Status, Together
 from imgfs.store import ImageChanged, ImageStore
 from imgfs.times import UTIME_NOW, set_times
 from imgfs.xattrs import proc_path
@@ -196,19 +197,21 @@ class ImageOperations:
 
     def getattr(self, path: str | None, fh: int | None = None) -> dict[str, int]:
         """stat(2) in fusepy's form, times in ns."""
+        return _in_fusepys_form(self.status(path, fh))
+
+    def status(self, path: str | None, fh: int | None = None) -> Status:
+        """stat(2)."""
         if path == ROOT:
             return self._root_status()
         handle = self._open_handle(path, fh)
-        if handle is None:
-            return _described(*self._store.status(_name(str(path))))
-        return _described(*handle.image.located())
+        return _shown(*(self._store.status(_name(str(path))) if handle is None else handle.image.located()))
 
-    def find(self, name: str) -> dict[str, int] | None:
-        """What `getattr` gives for an image, None where there is none; for those who ask about many names."""
-        found = self._store.find(name)
-        return _described(*found) if found else None
+    def find(self, path: str) -> Status | None:
+        """stat(2) of a name, None where there is no image of that name: for those who ask about many names."""
+        found = self._store.find(_name(path))
+        return None if found is None else _shown(*found)
 
-    def _root_status(self) -> dict[str, int]:
+    def _root_status(self) -> Status:
         """The root shows the first datadir's owner and mode, and the latest times of all that are online."""
         first, *others = self._store.answers(_directory_status) or [os.stat(ROOT)]
         size, blocks = first.st_size, first.st_blocks
@@ -218,19 +221,8 @@ class ImageOperations:
             blocks += other.st_blocks
             atime, mtime = max(atime, other.st_atime_ns), max(mtime, other.st_mtime_ns)
             ctime = max(ctime, other.st_ctime_ns)
-        return {
-            "st_ino": ROOT_INO,
-            "st_mode": first.st_mode,
-            "st_nlink": 2,
-            "st_uid": first.st_uid,
-            "st_gid": first.st_gid,
-            "st_size": size,
-            "st_blocks": blocks,
-            "st_blksize": STATFS_BLOCK_BYTES,
-            "st_atime": atime,
-            "st_mtime": mtime,
-            "st_ctime": ctime,
-        }
+        shown = Together(first.st_mode, 2, first.st_uid, first.st_gid, size, blocks, atime, mtime, ctime)
+        return Status(shown, ROOT_INO, ROOT_INO, STATFS_BLOCK_BYTES)
 
     def access(self, path: str, amode: int) -> int:
         """access(2), as far as the datadir has a say; permissions are the kernel's (default_permissions)."""
@@ -431,12 +423,13 @@ class ImageOperations:
 
     # --- what fusepy can't deliver ---
 
-    def statx(self, path: str | None, fh: int | None = None) -> dict[str, int]:
-        """What `getattr` gives, and as `st_birthtime` when the file was made (ns), where that is known (statx(2))."""
+    def statx(self, path: str | None, fh: int | None = None) -> tuple[Status, int | None]:
+        """stat(2), and when the file was made (ns), where that is known (statx(2))."""
         if path == ROOT:
-            return self._root_status() | next((_born(datadir.fd) for datadir in self._store.online_datadirs()), {})
+            born = (birth_time_ns(datadir.fd) for datadir in self._store.online_datadirs())
+            return self._root_status(), next(born, None)
         with self._image(path, fh) as image:
-            return _described(*image.located()) | _born(image.path_fd)
+            return _shown(*image.located()), birth_time_ns(image.path_fd)
 
     def lseek(self, _path: str | None, offset: int, whence: int, fh: int) -> int:
         """lseek(2) with SEEK_DATA or SEEK_HOLE."""
@@ -524,25 +517,23 @@ def _name(path: str) -> str:
     return path.removeprefix("/")
 
 
-def _described(datadir: Datadir, status: os.stat_result) -> dict[str, int]:
-    """stat(2) in fusepy's form; `identity` is what the kernel transport knows a file by, relocated or not."""
-    number = datadir.inode_number(status.st_ino)
+def _shown(datadir: Datadir, stat: os.stat_result) -> Status:
+    number = datadir.inode_number(stat.st_ino)
+    return Status(stat, number, datadir.identities.get(stat.st_ino, number), BLOCK_BYTES)
+
+
+def _in_fusepys_form(status: Status) -> dict[str, int]:
+    stat = status.stat
     return {
-        "identity": datadir.identities.get(status.st_ino, number),
-        "st_ino": number,
-        "st_mode": status.st_mode,
-        "st_nlink": status.st_nlink,
-        "st_uid": status.st_uid,
-        "st_gid": status.st_gid,
-        "st_size": status.st_size,
-        "st_blocks": status.st_blocks,
-        "st_blksize": BLOCK_BYTES,
-        "st_atime": status.st_atime_ns,
-        "st_mtime": status.st_mtime_ns,
-        "st_ctime": status.st_ctime_ns,
+        "st_ino": status.ino,
+        "st_mode": stat.st_mode,
+        "st_nlink": stat.st_nlink,
+        "st_uid": stat.st_uid,
+        "st_gid": stat.st_gid,
+        "st_size": stat.st_size,
+        "st_blocks": stat.st_blocks,
+        "st_blksize": status.blksize,
+        "st_atime": stat.st_atime_ns,
+        "st_mtime": stat.st_mtime_ns,
+        "st_ctime": stat.st_ctime_ns,
     }
-
-
-def _born(fd: int) -> dict[str, int]:
-    born = birth_time_ns(fd)
-    return {} if born is None else {"st_birthtime": born}

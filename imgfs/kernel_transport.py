@@ -94,10 +94,10 @@ class KernelTransport:
 
     def _find(self, name: str) -> Found | None:
         try:
-            status = self._operations.find(name)
+            status = self._operations.find(f"/{name}")
         except OSError:
             return None
-        return None if status is None else Found(status["identity"], status["st_nlink"])
+        return None if status is None else Found(status.identity, status.stat.st_nlink)
 
 
 @contextlib.contextmanager

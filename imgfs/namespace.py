@@ -152,14 +152,15 @@ class Namespace:
 
     def status(self, name: str) -> tuple[Datadir, os.stat_result]:
         """The datadir of an image and its lstat(2) there. Raises ImageNotFound, DatadirOffline."""
-        self._check_known(name)
         found = self.find(name)
         if found is None:
             raise ImageNotFound(f"no image {name!r}")
         return found
 
     def find(self, name: str) -> tuple[Datadir, os.stat_result] | None:
-        """The same for a name that an image can have; None where there is none."""
+        """The same; None where there is none. Raises InvalidName for what is no name."""
+        if not _may_exist(name):
+            return None
         if name in self.copies.names and (found := self.copies.of(name)):
             return found[0].datadir, found[0].status
         moves = -1
@@ -201,8 +202,7 @@ class Namespace:
 
     def pin(self, name: str) -> Image:
         """The image of a name with one more reference, which `let_go` takes back. Raises ImageNotFound."""
-        self._check_known(name)
-        for _ in range(_ATTEMPTS):
+        for _ in range(_ATTEMPTS if _may_exist(name) else 0):
             moves, image = self._moves, self._pinned(name)
             if image is not None:
                 return image
@@ -277,12 +277,6 @@ class Namespace:
         """The images that somebody is concerned with at this moment."""
         with self._table_lock:
             return list(self._live.values())
-
-    def _check_known(self, name: str) -> None:
-        try:
-            names.check(name)
-        except ReservedName:
-            raise ImageNotFound(f"no image {name!r}") from None
 
     def _image(self, datadir: Datadir, name: str, path_fd: int, status: os.stat_result) -> Image:
         return self._image_class(
@@ -684,6 +678,15 @@ class Namespace:
         status = datadir.find(name)
         with self._table_lock:
             return status is not None and key_of(status) in self._live
+
+
+def _may_exist(name: str) -> bool:
+    """Whether an image can have this name. Raises InvalidName for what is no name."""
+    try:
+        names.check(name)
+    except ReservedName:
+        return False
+    return True
 
 
 def _has(datadir: Datadir, name: str, is_meant: Callable[[Inode], bool]) -> bool:

@@ -62,7 +62,6 @@ class ImageChanged(Protocol):
     def __call__(self, name: str | None, data: bool, gone: bool = False, /) -> None: ...
 
 
-
 class Readable(Protocol):
     """Where `add()` takes its bytes from, as from a binary file."""
 
@@ -242,7 +241,7 @@ class ImageStore:
         return self._namespace.status(name)
 
     def find(self, name: str) -> tuple[Datadir, os.stat_result] | None:
-        """The same for a name that an image can have; None where there is none."""
+        """The same; None where there is none."""
         return self._namespace.find(name)
 
     def size(self, name: str) -> int:

@@ -32,7 +32,6 @@ PAUSE_SECONDS = 0.02
 END_SECONDS = 5.0
 
 
-
 class Change(NamedTuple):
     """What happened to a name: whether bytes may have changed, and whether all that is known is that it is gone."""
 

@@ -29,6 +29,7 @@ from tests.kernel.loopback import Loopback
 ROOT = Path(__file__).parents[1]
 WAIT_SECONDS = 30.0
 NEVER_FAIL = frozenset({"release", "destroy", "passthrough_fd"})
+CALLED = dict.fromkeys(("find", "status", "statx"), "getattr")  # what they are called here
 
 
 class Faulty:
@@ -98,8 +99,8 @@ class FaultyLoopback(Loopback):
         self.backs = False
 
     def __call__(self, op: str, *args: Any) -> Any:
-        self.calls[op] += 1
-        action = self._action(op, args[0] if args else None)
+        self.calls[CALLED.get(op, op)] += 1
+        action = self._action(CALLED.get(op, op), args[0] if args else None)
         if action == "hang":
             self._hang()
         elif action == "short" and op == "write":
@@ -111,7 +112,7 @@ class FaultyLoopback(Loopback):
 
     def statx(self, path: str, fh: int | None = None) -> Any:
         """It does not tell when a file was made."""
-        return self.getattr(path, fh)
+        return self.status(path, fh), None
 
     def _action(self, op: str, path: str | None) -> str | None:
         if op in NEVER_FAIL:

@@ -21,8 +21,9 @@ from imgfs.kernel.device import Payload
 from imgfs.kernel.handles import Handles
 from imgfs.kernel.nodes import ROOT_PATH, Node, Nodes
 from imgfs.kernel.operations import Operations
-from imgfs.kernel.replies import Attributes, Timeouts
+from imgfs.kernel.replies import Timeouts
 from imgfs.kernel.requests import Header
+from imgfs.status import Status
 
 LONG_S = 60
 CHANGE_WAIT_S = 1.0
@@ -77,21 +78,24 @@ class Filesystem:
 
     def lookup(self, header: Header, request: requests.Name) -> Payload:
         path = self._child(header, request.name)
-        for attempt in range(ATTEMPTS):
+        attempts = count(1)
+        while True:
             known = self._nodes.find(path)
-            try:
-                attr = self._call("getattr", path, None)
-            except OSError as error:
-                if error.errno == errno.ENOENT and any(self._negative):
-                    return replies.negative_entry_out(self._negative)
-                raise
-            node = self._nodes.look_up(path, _identity(attr))
-            if self._nodes.steady(path) and (known is node or known is None or known.path is None):
-                return replies.entry_out(node.nodeid, self._timeouts, attr)
-            if attempt < ATTEMPTS - 1:
-                self._nodes.forget([(node.nodeid, 1)])
-                self._nodes.wait_steady(path, CHANGE_WAIT_S)
-        return replies.entry_out(node.nodeid, replies.NEVER, attr)
+            found: Status | None = self._call("find", path)
+            if found is None:
+                return self._absent()
+            node = self._nodes.look_up(path, found.identity)
+            sure = self._nodes.steady(path) and (known is node or known is None or known.path is None)
+            if sure or next(attempts) == ATTEMPTS:
+                return replies.entry_out(node.nodeid, self._timeouts if sure else replies.NEVER, found)
+            self._nodes.forget([(node.nodeid, 1)])
+            self._nodes.wait_steady(path, CHANGE_WAIT_S)
+
+    def _absent(self) -> Payload:
+        """The answer for a name that does not exist: to be remembered as such, or ENOENT."""
+        if any(self._negative):
+            return replies.negative_entry_out(self._negative)
+        raise _error(errno.ENOENT)
 
     def forget(self, header: Header, request: requests.ForgetIn) -> Payload:
         self._nodes.forget([(header.nodeid, request.nlookup)])
@@ -103,7 +107,7 @@ class Filesystem:
 
     def getattr(self, header: Header, request: requests.GetattrIn) -> Payload:
         if header.nodeid == abi.FUSE_ROOT_ID:  # it has one name for ever, and is asked for after each change
-            return replies.attr_out(abi.FUSE_ROOT_ID, self._timeouts, self._call("getattr", ROOT_PATH, None))
+            return replies.attr_out(self._timeouts, self._call("status", ROOT_PATH, None))
         node = self._nodes.get(header.nodeid)
         fh = request.fh if request.getattr_flags & abi.FUSE_GETATTR_FH else None
         return self._attr_out(node, fh)
@@ -111,8 +115,8 @@ class Filesystem:
     def statx(self, header: Header, request: requests.StatxIn) -> Payload:
         node = self._nodes.get(header.nodeid)
         fh = request.fh if request.getattr_flags & abi.FUSE_GETATTR_FH else None
-        attr, timeouts = self._attr(node, fh, "statx")
-        return replies.statx_out(node.nodeid, timeouts, attr)
+        (status, born_ns), sure = self._steadily(node, fh, lambda path, handle: self._call("statx", path, handle))
+        return replies.statx_out(self._timeouts if sure else replies.NEVER, status, born_ns)
 
     def setattr(self, header: Header, request: requests.SetattrIn) -> Payload:
         node = self._nodes.get(header.nodeid)
@@ -198,10 +202,10 @@ class Filesystem:
             node = self._nodes.look_up(path)
             return self._entry_out(node) + self._open(node, request.flags, request.open_flags)
         self._nodes.unlink(path)
-        attr = self._guarded(path, fh, lambda: self._call("getattr", path, fh))
-        node = self._nodes.look_up(path, _identity(attr))
+        status: Status = self._guarded(path, fh, lambda: self._call("status", path, fh))
+        node = self._nodes.look_up(path, status.identity)
         mode = self._handles.add(fh, node.nodeid, request.flags, None)
-        return replies.entry_out(node.nodeid, self._timeouts, attr) + replies.open_out(fh, *mode)
+        return replies.entry_out(node.nodeid, self._timeouts, status) + replies.open_out(fh, *mode)
 
     def open(self, header: Header, request: requests.OpenIn) -> Payload:
         return self._open(self._nodes.get(header.nodeid), request.flags, request.open_flags)
@@ -394,17 +398,15 @@ class Filesystem:
                 self._nodes.wait_steady(path, CHANGE_WAIT_S)
         return value, False
 
-    def _attr(self, node: Node, fh: int | None, operation: str = "getattr") -> tuple[Attributes, Timeouts]:
-        attr, sure = self._steadily(node, fh, lambda path, handle: self._call(operation, path, handle))
-        return attr, self._timeouts if sure else replies.NEVER
+    def _status(self, node: Node, fh: int | None) -> tuple[Timeouts, Status]:
+        status, sure = self._steadily(node, fh, lambda path, handle: self._call("status", path, handle))
+        return self._timeouts if sure else replies.NEVER, status
 
     def _attr_out(self, node: Node, fh: int | None) -> bytes:
-        attr, timeouts = self._attr(node, fh)
-        return replies.attr_out(node.nodeid, timeouts, attr)
+        return replies.attr_out(*self._status(node, fh))
 
     def _entry_out(self, node: Node) -> bytes:
-        attr, timeouts = self._attr(node, None)
-        return replies.entry_out(node.nodeid, timeouts, attr)
+        return replies.entry_out(node.nodeid, *self._status(node, None))
 
     def _made(self, header: Header, name: bytes, operation: str, *args: Any) -> bytes:
         path = self._child(header, name)
@@ -468,7 +470,7 @@ class Filesystem:
 
     def _drop_privileges(self, path: str | None, fh: int | None) -> None:
         """Take set-uid and, where the group may execute, set-gid away (FUSE_HANDLE_KILLPRIV_V2, inode(7))."""
-        mode = self._call("getattr", path, fh)["st_mode"]
+        mode = self._call("status", path, fh).stat.st_mode
         dropped = mode & ~stat.S_ISUID
         if mode & stat.S_IXGRP:
             dropped &= ~stat.S_ISGID
@@ -508,13 +510,15 @@ class Filesystem:
         path = ROOT_PATH + entry.name.decode(_ENCODING, _ERRORS)
         known = self._nodes.find(path)
         try:
-            attr = self._call("getattr", path, None)
+            status: Status | None = self._call("find", path)
         except OSError:
+            status = None
+        if status is None:
             return replies.bare_direntplus(entry.ino, offset, entry.mode, entry.name)
-        node = self._nodes.look_up(path, _identity(attr))
+        node = self._nodes.look_up(path, status.identity)
         sure = self._nodes.steady(path) and (known is node or known is None or known.path is None)
         timeouts = self._timeouts if sure else replies.NEVER
-        return replies.direntplus(node.nodeid, timeouts, attr, offset, entry.name)
+        return replies.direntplus(node.nodeid, timeouts, status, offset, entry.name)
 
 
 def _check_namespace(name: bytes) -> None:
@@ -528,12 +532,6 @@ def _check_namespace(name: bytes) -> None:
 
 def _error(code: int) -> OSError:
     return OSError(code, os.strerror(code))
-
-
-def _identity(attr: Attributes) -> int:
-    """What tells files apart: the inode number, unless the operations say that it may change."""
-    identity: int = attr.get("identity") or attr["st_ino"]
-    return identity
 
 
 def _entry(item: Any) -> Entry:

@@ -1,19 +1,17 @@
 """Replies and notifications to bytes: values of the operations as the structs of <linux/fuse.h>.
 
-Pure: no I/O, no state, callable from any thread. Attributes come as the dictionaries that fusepy's operations
-return (`st_mode`, `st_size` ...), times as integers in nanoseconds.
+Pure: no I/O, no state, callable from any thread.
 """
 
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from imgfs.kernel import abi
+from imgfs.status import Status
 
-Attributes = Mapping[str, Any]
 _NS = 1_000_000_000
-_U64 = (1 << 64) - 1
-_DOTS = (b".", b"..")
+_pack_entry_out = abi.fuse_entry_out.pack
 
 
 class Timeouts(NamedTuple):
@@ -32,34 +30,33 @@ class Timeouts(NamedTuple):
 NEVER = Timeouts(0, 0, 0, 0)
 
 
-def attr_fields(attr: Attributes, nodeid: int) -> tuple[int, ...]:
-    """The fields of struct fuse_attr; `nodeid` stands in for a missing st_ino."""
-    atime_s, atime_ns = divmod(attr["st_atime"], _NS)
-    mtime_s, mtime_ns = divmod(attr["st_mtime"], _NS)
-    ctime_s, ctime_ns = divmod(attr["st_ctime"], _NS)
+def attr_fields(status: Status) -> tuple[int, ...]:
+    """The fields of struct fuse_attr."""
+    stat, ino, _, blksize = status
+    atime, mtime, ctime = stat.st_atime_ns, stat.st_mtime_ns, stat.st_ctime_ns
     return (
-        attr.get("st_ino") or nodeid,
-        attr["st_size"],
-        attr["st_blocks"],
-        atime_s & _U64,
-        mtime_s & _U64,
-        ctime_s & _U64,
-        atime_ns,
-        mtime_ns,
-        ctime_ns,
-        attr["st_mode"],
-        attr["st_nlink"],
-        attr["st_uid"],
-        attr["st_gid"],
+        ino,
+        stat.st_size,
+        stat.st_blocks,
+        atime // _NS,
+        mtime // _NS,
+        ctime // _NS,
+        atime % _NS,
+        mtime % _NS,
+        ctime % _NS,
+        stat.st_mode,
+        stat.st_nlink,
+        stat.st_uid,
+        stat.st_gid,
         0,
-        attr.get("st_blksize", 4096),
+        blksize,
         0,
     )
 
 
-def entry_out(nodeid: int, timeouts: Timeouts, attr: Attributes) -> bytes:
+def entry_out(nodeid: int, timeouts: Timeouts, status: Status) -> bytes:
     """struct fuse_entry_out; generation is always 0, because a nodeid is never given out twice."""
-    return abi.fuse_entry_out.pack(nodeid, 0, *timeouts, *attr_fields(attr, nodeid))
+    return _pack_entry_out(nodeid, 0, *timeouts, *attr_fields(status))
 
 
 def negative_entry_out(timeouts: Timeouts) -> bytes:
@@ -67,27 +64,27 @@ def negative_entry_out(timeouts: Timeouts) -> bytes:
     return abi.fuse_entry_out.pack(0, 0, *timeouts, *(0,) * 16)
 
 
-def attr_out(nodeid: int, timeouts: Timeouts, attr: Attributes) -> bytes:
-    return abi.fuse_attr_out.pack(timeouts.attr_s, timeouts.attr_ns, *attr_fields(attr, nodeid))
+def attr_out(timeouts: Timeouts, status: Status) -> bytes:
+    return abi.fuse_attr_out.pack(timeouts.attr_s, timeouts.attr_ns, *attr_fields(status))
 
 
-def statx_out(nodeid: int, timeouts: Timeouts, attr: Attributes) -> bytes:
-    """struct fuse_statx_out: what attr_out says, and `st_birthtime` (ns) where there is one."""
-    born = attr.get("st_birthtime")
-    mask = abi.STATX_BASIC_STATS | (0 if born is None else abi.STATX_BTIME)
-    times = (attr["st_atime"], born or 0, attr["st_ctime"], attr["st_mtime"])
+def statx_out(timeouts: Timeouts, status: Status, born_ns: int | None) -> bytes:
+    """struct fuse_statx_out: what attr_out says, and when the file was made, where that is known."""
+    stat = status.stat
+    mask = abi.STATX_BASIC_STATS | (0 if born_ns is None else abi.STATX_BTIME)
+    times = (stat.st_atime_ns, born_ns or 0, stat.st_ctime_ns, stat.st_mtime_ns)
     return abi.fuse_statx_out.pack(
         timeouts.attr_s,
         timeouts.attr_ns,
         mask,
-        attr.get("st_blksize", 4096),
-        attr["st_nlink"],
-        attr["st_uid"],
-        attr["st_gid"],
-        attr["st_mode"],
-        attr.get("st_ino") or nodeid,
-        attr["st_size"],
-        attr["st_blocks"],
+        status.blksize,
+        stat.st_nlink,
+        stat.st_uid,
+        stat.st_gid,
+        stat.st_mode,
+        status.ino,
+        stat.st_size,
+        stat.st_blocks,
         *(part for time_ns in times for part in divmod(time_ns, _NS)),
     )
 
@@ -124,9 +121,9 @@ def dirent_size(name: bytes) -> int:
     return (abi.fuse_dirent.size + len(name) + 7) & ~7
 
 
-def direntplus(nodeid: int, timeouts: Timeouts, attr: Attributes, offset: int, name: bytes) -> bytes:
+def direntplus(nodeid: int, timeouts: Timeouts, status: Status, offset: int, name: bytes) -> bytes:
     """struct fuse_direntplus: the directory entry with what a lookup of it would say."""
-    fields = attr_fields(attr, nodeid)
+    fields = attr_fields(status)
     kind = fields[9] >> 12 & 0xF
     return _padded(abi.fuse_direntplus.pack(nodeid, 0, *timeouts, *fields, fields[0], offset, len(name), kind) + name)
 

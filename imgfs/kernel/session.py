@@ -179,9 +179,7 @@ class KernelSession:
         """
         self._notifier.send(replies.inc_epoch() if self._has_epochs else notification)
 
-    def look_again(
-        self, name: str, find: Callable[[], Found | None], *, data: bool, gone: bool = False
-    ) -> None:
+    def look_again(self, name: str, find: Callable[[], Found | None], *, data: bool, gone: bool = False) -> None:
         """Something happened to a name behind the kernel's back, unless a request did it; `find` says what.
 
         Of a name that is just `gone` there is nothing to find, and nothing to say unless the kernel knows it.

@@ -9,15 +9,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from imgfs.status import Status
+
 _libc = ctypes.CDLL(None, use_errno=True)
-_TIMES = ("st_atime", "st_mtime", "st_ctime")
-_PLAIN = ("st_ino", "st_mode", "st_nlink", "st_uid", "st_gid", "st_size", "st_blocks", "st_blksize")
 
 
-def _stat(result: os.stat_result) -> dict[str, int]:
-    attr = {name: getattr(result, name) for name in _PLAIN}
-    attr.update((name, getattr(result, name + "_ns")) for name in _TIMES)
-    return attr
+def _status(stat: os.stat_result) -> Status:
+    return Status(stat, stat.st_ino, stat.st_ino, stat.st_blksize)
 
 
 class Open:
@@ -65,10 +63,16 @@ class Loopback:
             self.open_files[self._next] = Open(fd, path, flags)
             return self._next
 
-    def getattr(self, path: str | None, fh: int | None = None) -> dict[str, int]:
+    def status(self, path: str | None, fh: int | None = None) -> Status:
         if fh is not None:
-            return _stat(os.fstat(self.open_files[fh].fd))
-        return _stat(os.stat(self._name(path), dir_fd=self.root, follow_symlinks=False))
+            return _status(os.fstat(self.open_files[fh].fd))
+        return _status(os.stat(self._name(path), dir_fd=self.root, follow_symlinks=False))
+
+    def find(self, path: str) -> Status | None:
+        try:
+            return self.status(path)
+        except FileNotFoundError:
+            return None
 
     def readdir(self, path: str, fh: int) -> Iterator[Any]:
         yield from (".", "..")

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from imgfs.kernel import Found, KernelSession, RequestContext, abi, replies
 from imgfs.kernel.opcodes import OPCODES, SILENT
+from imgfs.status import Status
 
-NUMBERS = ("ino", "mode", "nlink", "uid", "gid", "size", "blocks", "blksize", "atime", "mtime", "ctime")
-ATTR = {f"st_{name}": 1 for name in NUMBERS}
+STATUS = Status(os.stat("/"), ino=1, identity=1, blksize=1)
 
 
 class Recorder:
@@ -33,7 +33,14 @@ class Recorder:
 
 def operations(op: str, *_args: Any) -> Any:
     """Operations that do little, some of it wrong."""
-    answers: dict[str, Any] = {"getattr": ATTR, "open": 3, "create": 4, "read": b"data", "readdir": [".", "..", "a"]}
+    answers: dict[str, Any] = {
+        **dict.fromkeys(("find", "status"), STATUS),
+        "statx": (STATUS, None),
+        "open": 3,
+        "create": 4,
+        "read": b"data",
+        "readdir": [".", "..", "a"],
+    }
     if op == "unlink":
         raise FileNotFoundError(errno.ENOENT, "no such image")
     if op == "statfs":
@@ -231,15 +238,15 @@ def test_an_open_that_a_rename_overtook_is_done_again_by_the_new_name() -> None:
 def test_attributes_that_a_rename_overtook_are_asked_again_by_the_new_name() -> None:
     talk = Talk()
     talk.say(abi.FUSE_LOOKUP, b"a\0")
-    talk.session._filesystem._call = renaming = Renaming(talk, "getattr")
+    talk.session._filesystem._call = renaming = Renaming(talk, "status")
     talk.say(abi.FUSE_GETATTR, bytes(16), nodeid=2)
-    assert renaming.calls == [("getattr", "/a", None), ("getattr", "/b", None)]
+    assert renaming.calls == [("status", "/a", None), ("status", "/b", None)]
 
 
 def test_a_lookup_that_a_rename_overtook_does_not_lend_its_attributes_to_another_inode() -> None:
     talk = Talk()
     talk.say(abi.FUSE_LOOKUP, b"a\0")
-    talk.session._filesystem._call = renaming = Renaming(talk, "getattr")
+    talk.session._filesystem._call = renaming = Renaming(talk, "find")
     entry = talk.say(abi.FUSE_LOOKUP, b"a\0")
     assert len(renaming.calls) == 2
     assert entry[:8] != (2).to_bytes(8, "little")
