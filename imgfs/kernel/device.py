@@ -17,6 +17,7 @@ PATH = "/dev/fuse"
 _HEADERS = abi.fuse_in_header.size + abi.fuse_write_in.size
 _OUT_HEADER_SIZE = abi.fuse_out_header.size
 _pack_out_header = abi.fuse_out_header.pack
+_SMALL_BYTES = 4096  # to copy so little costs less than to write it as two parts
 _GONE = frozenset({errno.ENODEV, errno.ECONNABORTED, errno.EBADF})
 _AGAIN = frozenset({errno.EINTR, errno.EAGAIN, errno.ENOENT})
 
@@ -95,7 +96,10 @@ class Device:
 
     def _write(self, header: bytes, payload: Payload) -> None:
         try:
-            os.writev(self.fd, (header, payload))
+            if len(payload) > _SMALL_BYTES:
+                os.writev(self.fd, (header, payload))
+            else:
+                os.write(self.fd, header + payload)
         except OSError as error:
             # ENOENT: whoever asked has been killed, or nothing of that name is cached.
             if error.errno != errno.ENOENT and error.errno not in _GONE:

@@ -43,6 +43,10 @@ LONG = frozenset(
         abi.FUSE_COPY_FILE_RANGE_64,
     }
 )
+# As they are in a request, so that a look at one costs little: struct fuse_in_header.
+_OPCODE, _NODEID = slice(4, 8), slice(16, 24)
+_LONG = frozenset(opcode.to_bytes(4, "little") for opcode in LONG)
+_WRITE = abi.FUSE_WRITE.to_bytes(4, "little")
 
 Answer = Callable[[Device, bytes], None]
 
@@ -198,13 +202,14 @@ class Readers:
 
     def _takes_long(self, data: bytes) -> bool:
         """Whether somebody else may have to wait too long for the answer to this request."""
-        opcode, now = int.from_bytes(data[4:8], "little"), time.monotonic()
-        if opcode == abi.FUSE_WRITE and data[16:24] == self._written:
-            return now - self._shared_at < ALONE_S
-        if opcode == abi.FUSE_WRITE:
-            self._written = data[16:24]
+        now = time.monotonic()
+        is_long = data[_OPCODE] in _LONG
+        if is_long and data[_OPCODE] == _WRITE:
+            if data[_NODEID] == self._written:
+                return now - self._shared_at < ALONE_S
+            self._written = data[_NODEID]
         self._shared_at = now
-        return opcode in LONG
+        return is_long
 
     def _answer_at_once(self, device: Device, data: bytes) -> None:
         self._requests += 1
