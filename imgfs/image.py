@@ -22,7 +22,7 @@ from imgfs.datadir import FULL_ERRNOS, Datadir
 from imgfs.errors import ImageFailed, Interrupted, NotPermitted, StorageFull
 from imgfs.hashing import DigestStream
 from imgfs.linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, fallocate, start_writeback
-from imgfs.record import Expectations, Record, State
+from imgfs.record import NOTHING_EXPECTED, Record, State
 from imgfs.times import set_times
 from imgfs.waiters import Waiters
 from imgfs.xattrs import proc_path
@@ -37,8 +37,6 @@ _ZEROS = bytes(1 << 20)
 _ZEROING = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_ZERO_RANGE
 _READ = os.O_RDONLY | os.O_CLOEXEC
 _WRITE = os.O_RDWR | os.O_CLOEXEC
-
-NOTHING_EXPECTED = Expectations()
 
 StreamFactory = Callable[[], DigestStream]
 Key = tuple[int, int]
@@ -427,12 +425,16 @@ class Image:
         """Enter the phase of sealing; False where somebody is writing, who has it sealed in the end, and where a seal
         is under way, which then looks again at what changed."""
         with self.lock:
-            self.seal_again = self.sealing
-            if self.sealing or (self.unsealed and self.writing):
-                return False
-            self.sealing = True
-            self.seal_error = None
-            return True
+            return self.begin_sealing_under_lock()
+
+    def begin_sealing_under_lock(self) -> bool:
+        """The same for who holds `lock`, and has changed what this depends on."""
+        self.seal_again = self.sealing
+        if self.sealing or (self.unsealed and self.writing):
+            return False
+        self.sealing = True
+        self.seal_error = None
+        return True
 
     def end_sealing(self, for_good: bool = False) -> bool:
         """Leave it, and wake those who wait; False where writers came and went, so that it must go on.
@@ -476,12 +478,15 @@ class Image:
 
     def wait_while_sealing(self, interrupted: Callable[[], bool]) -> None:
         """Wait until nobody writes and no seal is under way. Raises Interrupted, DatadirOffline."""
+        while not self._comes_to_rest(WAIT_SECONDS):
+            self.datadir.require_online()
+            if interrupted():
+                raise Interrupted("interrupted while waiting for the image to be sealed")
+
+    def _comes_to_rest(self, timeout_s: float) -> bool:
+        """Whether nobody writes and no seal is under way, now or within some time."""
         with self.lock:
-            while self.sealing or (self.unsealed and self.writers):
-                self.datadir.require_online()
-                if interrupted():
-                    raise Interrupted("interrupted while waiting for the image to be sealed")
-                self.waiters.wait(WAIT_SECONDS)
+            return self.waiters.wait_for(lambda: not (self.sealing or (self.unsealed and self.writers)), timeout_s)
 
     @contextlib.contextmanager
     def awaiting_seal(self) -> Iterator[None]:
@@ -609,8 +614,9 @@ class Handle:
                 return False
             image.declared_bytes = 0
             image.waiters.wake()
+            # In the same step: whoever waits for the seal must not find an image that nobody writes or seals.
             complete = image.unsealed and not image.abandoned and image.name is not None
-        return complete and image.begin_sealing()
+            return complete and image.begin_sealing_under_lock()
 
     def sync(self, data_only: bool = False) -> None:
         """fsync(2) or fdatasync(2)."""

@@ -42,6 +42,9 @@ class Expectations:
         return None
 
 
+NOTHING_EXPECTED = Expectations()
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """The facts of a sealed image, or the expectations of one that is being written (`digests` is None)."""
@@ -49,7 +52,7 @@ class Record:
     state: State
     mtime_ns: int = 0
     digests: Digests | None = None
-    expectations: Expectations = Expectations()
+    expectations: Expectations = NOTHING_EXPECTED
 
     def holds_for(self, status: os.stat_result) -> bool:
         """Whether the record was made for the file as it is now."""

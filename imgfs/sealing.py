@@ -25,7 +25,7 @@ from imgfs.datadir import FULL_ERRNOS, Datadir
 from imgfs.errors import DatadirOffline, ImageChanging, Interrupted, SealingFailed, StorageFull
 from imgfs.hashing import Digests, DigestStream, HashPool, digest_file
 from imgfs.image import Image
-from imgfs.record import Expectations, Record, State
+from imgfs.record import NOTHING_EXPECTED, Expectations, Record, State
 from imgfs.workers import Workers
 
 log = logging.getLogger(__name__)
@@ -297,7 +297,7 @@ class Sealer:
         unmet = expectations.unmet(digests)
         state = State.FAILED if unmet else State.ACTIVE
         self._store(image, Record(state, mtime_ns, digests, expectations))
-        image.expectations = Expectations()
+        image.expectations = NOTHING_EXPECTED
         # Whoever reads a digest, or that the image failed, can rely on it after a crash, too.
         image.sync()
         if image.is_new:
@@ -337,7 +337,7 @@ def _is_offline(datadir: Datadir) -> bool:
 
 def _expectations(image: Image) -> Expectations:
     """Those declared in this life of the image, or those that a crash left unanswered."""
-    if image.expectations != Expectations():
+    if image.expectations != NOTHING_EXPECTED:
         return image.expectations
     held = image.stored_record()
-    return held.expectations if held is not None and held.state is State.SAVING else Expectations()
+    return held.expectations if held is not None and held.state is State.SAVING else NOTHING_EXPECTED

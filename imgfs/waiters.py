@@ -1,7 +1,7 @@
-"""Waiting for what a lock guards to change, as with threading.Condition, at no cost while nobody waits.
+"""Waiting for what a lock guards to change, as with threading.Condition, at little cost where hardly anybody waits.
 
-A Condition costs several calls of Python to make, to enter and to notify, on paths where hardly ever anybody waits.
-Here the lock is a plain one, and the condition is made for the first who waits.
+A Condition costs several calls of Python to make and to enter. Here the lock is a plain one, and the condition is
+made for the first who has to wait.
 """
 
 import threading
@@ -17,13 +17,13 @@ class Waiters:
         self._lock = lock
         self._condition: threading.Condition | None = None
 
-    def wait(self, timeout_s: float | None = None) -> bool:
+    def wait(self, timeout_s: float) -> bool:
         """Wait until somebody calls `wake`; False where the time was over before (Condition.wait)."""
         return self._made().wait(timeout_s)
 
-    def wait_for(self, holds: Callable[[], bool], timeout_s: float | None = None) -> bool:
-        """Wait until `holds()`, asked whenever somebody calls `wake`; whether it does at the end."""
-        return self._made().wait_for(holds, timeout_s)
+    def wait_for(self, holds: Callable[[], bool], timeout_s: float) -> bool:
+        """Wait until `holds()`, asked at first and whenever somebody calls `wake`; whether it does at the end."""
+        return holds() or self._made().wait_for(holds, timeout_s)
 
     def wake(self) -> None:
         """Something has changed: those who wait look again."""

@@ -362,6 +362,51 @@ def test_writer_that_came_and_went_as_sealing_ended_has_it_sealed_again(
     assert store.digests("x").checksum == md5(b"new" + CONTENT[3:])
 
 
+class Watched:
+    """A lock that has a look taken whenever it is given up."""
+
+    def __init__(self, lock: threading.Lock, look: Callable[[], None]) -> None:
+        self._lock, self._look = lock, look
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._look()
+        self._lock.release()
+
+
+def test_nobody_finds_an_image_between_its_last_writer_and_its_seal(store: ImageStore) -> None:
+    """Who waits for the seal would begin one of their own, of an image that may be about to be removed."""
+    handle = store.create("a")
+    store.write(handle, CONTENT, 0)
+    image, seen = handle.image, []
+
+    def look() -> None:
+        seen.append((image.writers > 0, image.sealing, image.unsealed))
+
+    image.lock = Watched(image.lock, look)  # type: ignore[assignment]
+    store.close_handle(handle)
+    assert (False, False, True) not in seen
+    assert (False, True, True) in seen
+
+
+def test_whoever_asks_for_a_digest_may_ask_the_store_whether_to_wait_on(store: ImageStore) -> None:
+    handle = store.create("a")
+    store.write(handle, CONTENT, 0)
+    asked: list[State] = []
+
+    def interrupted() -> bool:
+        asked.append(store.state("a"))
+        return len(asked) > 1
+
+    with pytest.raises(Interrupted):
+        store.digests("a", interrupted)
+    assert asked == [State.SAVING] * 2
+    store.close_handle(handle)
+    assert store.digests("a").checksum == md5(CONTENT)
+
+
 def test_writer_that_changes_nothing_leaves_the_seal_alone(store: ImageStore, gate: Gate) -> None:
     write_out_of_order(store, "x")
     gate.wait()
