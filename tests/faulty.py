@@ -189,7 +189,7 @@ class TreeFilesystem(Filesystem):
             self._listings[request.fh] = listing
         return listing
 
-    def _direntplus(self, entry: Entry, offset: int) -> bytes:
+    def _direntplus(self, header: Header, entry: Entry, offset: int) -> bytes:
         return replies.bare_direntplus(entry.ino, offset, entry.mode, entry.name)
 
     def fsyncdir(self, header: Header, _request: requests.FsyncIn) -> bytes:

@@ -158,7 +158,7 @@ fuse_fallocate_in: Final = Struct("<QQQI4x")
 fuse_lseek_in: Final = Struct("<QQI4x")
 fuse_copy_file_range_in: Final = Struct("<QQQQQQQ")
 
-# Replies and notifications.
+# Replies and notifications. Seconds of times are signed, as the kernel takes them (fuse_change_attributes_common).
 fuse_out_header: Final = Struct("<IiQ")
 fuse_init_out: Final = Struct("<IIIIHHIIHHIIH22x")
 fuse_attr: Final = Struct("<QQQqqqIIIIIIIIII")

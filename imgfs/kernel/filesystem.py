@@ -70,6 +70,7 @@ class Filesystem:
         self._handles = handles
         self._timeouts = timeouts
         self._negative = Timeouts.of_seconds(negative_s, 0)
+        self._looking: dict[str, Header] = {}  # path -> the request that looks it up, the latest of them
         self._listings: dict[int, list[Entry] | None] = {}
         self._listing_numbers = count(1)
         self._listings_lock = threading.Lock()
@@ -79,17 +80,42 @@ class Filesystem:
     def lookup(self, header: Header, request: requests.Name) -> Payload:
         path = self._child(header, request.name)
         attempts = count(1)
-        while True:
-            known = self._nodes.find(path)
-            found: Status | None = self._call("find", path)
-            if found is None:
-                return self._absent()
-            node = self._nodes.look_up(path, found.identity)
-            sure = self._nodes.steady(path) and (known is node or known is None or known.path is None)
+        while (found := self._look(path, header)) is not None:
+            node, status, sure = found
             if sure or next(attempts) == ATTEMPTS:
-                return replies.entry_out(node.nodeid, self._timeouts if sure else replies.NEVER, found)
+                return replies.entry_out(node.nodeid, self._timeouts if sure else replies.NEVER, status)
             self._nodes.forget([(node.nodeid, 1)])
             self._nodes.wait_steady(path, CHANGE_WAIT_S)
+        return self._absent()
+
+    def _look(self, path: str, whose: Header) -> tuple[Node, Status, bool] | None:
+        """The node and status of a name, with a lookup counted, and whether they surely hold and belong together.
+
+        None where there is no such file.
+        """
+        known = self._nodes.find(path)
+        self._looking[path] = whose
+        try:
+            status: Status | None = self._call("find", path)
+            if status is None:
+                return None
+            node = self._nodes.look_up(path, status.identity)
+        finally:
+            undoubted = self._looking.pop(path, None) is whose
+        sure = undoubted and self._nodes.steady(path) and (known is node or known is None or known.path is None)
+        return node, status, sure
+
+    def doubt(self, path: str) -> None:
+        """What requests have just found out about a path may not hold any more, so they are to look again.
+
+        Called before the nodes are asked for it: either they know it by then, or the request that looks it up hears
+        of this.
+        """
+        self._looking.pop(path, None)
+
+    def doubt_all(self) -> None:
+        """The same for every path."""
+        self._looking.clear()
 
     def _absent(self) -> Payload:
         """The answer for a name that does not exist: to be remembered as such, or ENOENT."""
@@ -342,7 +368,7 @@ class Filesystem:
             reply.append(replies.dirent(entry.ino, offset + 1, entry.mode, entry.name))
         return b"".join(reply)
 
-    def readdirplus(self, _header: Header, request: requests.ReadIn) -> Payload:
+    def readdirplus(self, header: Header, request: requests.ReadIn) -> Payload:
         listing = self._listing(request)
         reply, used = [], 0
         for offset in range(request.offset, len(listing)):
@@ -350,7 +376,7 @@ class Filesystem:
             used += replies.direntplus_size(entry.name)
             if used > request.size:
                 break
-            reply.append(self._direntplus(entry, offset + 1))
+            reply.append(self._direntplus(header, entry, offset + 1))
         return b"".join(reply)
 
     def releasedir(self, _header: Header, request: requests.ReleaseIn) -> Payload:
@@ -504,19 +530,17 @@ class Filesystem:
             self._listings[request.fh] = listing
         return listing
 
-    def _direntplus(self, entry: Entry, offset: int) -> bytes:
+    def _direntplus(self, header: Header, entry: Entry, offset: int) -> bytes:
         if entry.name in (b".", b".."):
             return replies.bare_direntplus(entry.ino, offset, entry.mode, entry.name)
         path = ROOT_PATH + entry.name.decode(_ENCODING, _ERRORS)
-        known = self._nodes.find(path)
         try:
-            status: Status | None = self._call("find", path)
+            found = self._look(path, header)
         except OSError:
-            status = None
-        if status is None:
+            found = None
+        if found is None:
             return replies.bare_direntplus(entry.ino, offset, entry.mode, entry.name)
-        node = self._nodes.look_up(path, status.identity)
-        sure = self._nodes.steady(path) and (known is node or known is None or known.path is None)
+        node, status, sure = found
         timeouts = self._timeouts if sure else replies.NEVER
         return replies.direntplus(node.nodeid, timeouts, status, offset, entry.name)
 

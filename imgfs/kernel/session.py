@@ -185,7 +185,8 @@ class KernelSession:
         Of a name that is just `gone` there is nothing to find, and nothing to say unless the kernel knows it.
         """
         path = ROOT_PATH + name
-        if gone and self._nodes.find(path) is None:
+        self._filesystem.doubt(path)
+        if gone and self._nodes.steady(path) and self._nodes.find(path) is None:
             return
         for _ in range(ATTEMPTS):
             node, found = self._nodes.find(path), find()
@@ -202,6 +203,7 @@ class KernelSession:
 
     def look_again_at_all(self) -> None:
         """Anything may have happened behind the kernel's back."""
+        self._filesystem.doubt_all()
         for path in self._nodes.paths():
             self.name_removed(path.removeprefix(ROOT_PATH))
         self.invalidate_root()

@@ -3,6 +3,7 @@
 import errno
 import os
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -250,3 +251,46 @@ def test_a_lookup_that_a_rename_overtook_does_not_lend_its_attributes_to_another
     entry = talk.say(abi.FUSE_LOOKUP, b"a\0")
     assert len(renaming.calls) == 2
     assert entry[:8] != (2).to_bytes(8, "little")
+
+
+@pytest.mark.parametrize("look_again", [
+    lambda session: session.look_again("a", lambda: None, data=False, gone=True),
+    lambda session: session.look_again_at_all(),
+])  # fmt: skip
+def test_a_lookup_that_a_direct_removal_overtook_looks_again(look_again: Callable[[KernelSession], None]) -> None:
+    """It has found the file, which then goes, and all that is known of it by now is forgotten, before it says so."""
+    talk = Talk()
+    talk.session._notifier = Notes()  # type: ignore[assignment]
+    asked: list[str] = []
+
+    def find(op: str, *args: Any) -> Any:
+        if op != "find":
+            return operations(op, *args)
+        asked.append(args[0])
+        if len(asked) > 1:
+            return None
+        look_again(talk.session)
+        return STATUS
+
+    talk.session._filesystem._call = find
+    assert talk.say(abi.FUSE_LOOKUP, b"a\0") == errno.ENOENT
+    assert len(talk.session._nodes) == 1
+    assert asked == ["/a", "/a"]
+
+
+def test_a_lookup_beside_another_of_the_same_name_ends_and_leaves_nothing() -> None:
+    talk = Talk()
+    other, begun = Recorder(), []
+    lookup = abi.fuse_in_header.pack(42, abi.FUSE_LOOKUP, 10, 1, 5, 6, 7, 0, 0) + b"a\0"
+
+    def find(op: str, *args: Any) -> Any:
+        if op == "find" and not begun:
+            begun.append(op)
+            beside = threading.Thread(target=talk.session._answer, args=(other, lookup))
+            beside.start()
+            beside.join()
+        return operations(op, *args)
+
+    talk.session._filesystem._call = find
+    assert talk.say(abi.FUSE_LOOKUP, b"a\0") == other.replies[0][1]
+    assert not talk.session._filesystem._looking
