@@ -207,7 +207,11 @@ class ImageOperations:
         return _shown(*(self._store.status(_name(str(path))) if handle is None else handle.image.located()))
 
     def find(self, path: str) -> Status | None:
-        """stat(2) of a name, None where there is no image of that name: for those who ask about many names."""
+        """stat(2) of a name; None where there is no image of that name."""
+        if self._aliases:
+            with contextlib.suppress(ImageNotFound):
+                return self.status(path)
+            return None
         found = self._store.find(_name(path))
         return None if found is None else _shown(*found)
 
@@ -517,23 +521,23 @@ def _name(path: str) -> str:
     return path.removeprefix("/")
 
 
-def _shown(datadir: Datadir, stat: os.stat_result) -> Status:
-    number = datadir.inode_number(stat.st_ino)
-    return Status(stat, number, datadir.identities.get(stat.st_ino, number), BLOCK_BYTES)
+def _shown(datadir: Datadir, below: os.stat_result) -> Status:
+    number = datadir.inode_number(below.st_ino)
+    return Status(below, number, datadir.identities.get(below.st_ino, number), BLOCK_BYTES)
 
 
 def _in_fusepys_form(status: Status) -> dict[str, int]:
-    stat = status.stat
+    shown = status.stat
     return {
         "st_ino": status.ino,
-        "st_mode": stat.st_mode,
-        "st_nlink": stat.st_nlink,
-        "st_uid": stat.st_uid,
-        "st_gid": stat.st_gid,
-        "st_size": stat.st_size,
-        "st_blocks": stat.st_blocks,
+        "st_mode": shown.st_mode,
+        "st_nlink": shown.st_nlink,
+        "st_uid": shown.st_uid,
+        "st_gid": shown.st_gid,
+        "st_size": shown.st_size,
+        "st_blocks": shown.st_blocks,
         "st_blksize": status.blksize,
-        "st_atime": stat.st_atime_ns,
-        "st_mtime": stat.st_mtime_ns,
-        "st_ctime": stat.st_ctime_ns,
+        "st_atime": shown.st_atime_ns,
+        "st_mtime": shown.st_mtime_ns,
+        "st_ctime": shown.st_ctime_ns,
     }

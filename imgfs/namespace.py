@@ -202,7 +202,9 @@ class Namespace:
 
     def pin(self, name: str) -> Image:
         """The image of a name with one more reference, which `let_go` takes back. Raises ImageNotFound."""
-        for _ in range(_ATTEMPTS if _may_exist(name) else 0):
+        if not _may_exist(name):
+            raise ImageNotFound(f"no image {name!r}")
+        for _ in range(_ATTEMPTS):
             moves, image = self._moves, self._pinned(name)
             if image is not None:
                 return image

@@ -509,6 +509,8 @@ def test_image_removed_while_open_is_gone_at_once_and_readable_to_the_end(
     assert os.listdir(tmp_path / "high") == [".imgfs"]
     assert code(ops, "getattr", "/x") == "ENOENT"
     assert ops("getattr", HIDDEN)["st_nlink"] == 0
+    assert ops("find", HIDDEN) == ops("status", HIDDEN)
+    assert ops("find", "/y") is None
     assert ops("getattr", None, fh)["st_size"] == len(CONTENT)
     assert ops("read", None, 1 << 20, 0, fh) == CONTENT
     assert ops("unlink", HIDDEN) == 0
