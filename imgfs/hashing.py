@@ -11,7 +11,6 @@ and for all together; a writer that is ahead of the hashes waits.
 
 import contextlib
 import hashlib
-import itertools
 import os
 import threading
 from collections import deque
@@ -30,7 +29,6 @@ STREAM_QUEUE_BYTES = 16 << 20
 POOL_QUEUE_BYTES = 64 << 20
 REFILL_BYTES = 8 << 20  # who waited for room goes on when there is so much, and so waits less often
 BATCH_BYTES = 1 << 20  # small against a queue: its room is free again by whole batches
-HOLE_BATCH_BYTES = 64 << 20
 STOP_SECONDS = 0.1  # how often a wait asks whether it is still wanted
 PIECE_BYTES = 256 << 10  # takes md5(1) a third of a millisecond
 _ZEROS = bytes(PIECE_BYTES)
@@ -59,6 +57,9 @@ class Hole:
     """A run of zeros that nobody has to keep in memory."""
 
     length: int
+
+    def __len__(self) -> int:
+        return self.length
 
 
 Chunk = bytes | memoryview | Hole
@@ -96,12 +97,11 @@ def _update(state: "hashlib._Hash", chunk: Chunk) -> None:
         os.sched_yield()
 
 
-def _pieces(chunk: Chunk) -> Iterator[bytes | memoryview]:
-    if isinstance(chunk, Hole):
-        yield from itertools.repeat(_ZEROS, chunk.length // PIECE_BYTES)
-        yield memoryview(_ZEROS)[: chunk.length % PIECE_BYTES]
-    else:
-        for start in range(0, len(chunk), PIECE_BYTES):
+def _pieces(chunk: Chunk) -> Iterator[memoryview]:
+    for start in range(0, len(chunk), PIECE_BYTES):
+        if isinstance(chunk, Hole):
+            yield memoryview(_ZEROS)[: len(chunk) - start]
+        else:
             yield memoryview(chunk)[start : start + PIECE_BYTES]
 
 
@@ -124,15 +124,16 @@ class _Lane:
         self.queued_bytes += _queue_bytes(chunk)
 
     def take(self) -> list[Chunk]:
-        """At most a batch; a long hole is handed out in parts, so that streams take turns."""
+        """At most a batch, holes cut to it: zeros take as long to hash as data, and streams take turns."""
         batch: list[Chunk] = []
-        while self.chunks and sum(map(_queue_bytes, batch)) < BATCH_BYTES:
+        left = BATCH_BYTES
+        while self.chunks and left > 0:
             chunk = self.chunks.popleft()
-            if isinstance(chunk, Hole):
-                if chunk.length > HOLE_BATCH_BYTES:
-                    self.chunks.appendleft(Hole(chunk.length - HOLE_BATCH_BYTES))
-                return [*batch, Hole(min(chunk.length, HOLE_BATCH_BYTES))]
+            if isinstance(chunk, Hole) and len(chunk) > left:
+                self.chunks.appendleft(Hole(len(chunk) - left))
+                chunk = Hole(left)
             batch.append(chunk)
+            left -= len(chunk)
         return batch
 
     def clear(self) -> None:
@@ -192,7 +193,7 @@ class HashPool:
     def queued_hole_bytes(self, lanes: list[_Lane]) -> int:
         """The length of the holes that wait to be hashed, in the lane that is furthest behind."""
         with self._lock:
-            return max(sum(c.length for c in lane.chunks if isinstance(c, Hole)) for lane in lanes)
+            return max(sum(len(c) for c in lane.chunks if isinstance(c, Hole)) for lane in lanes)
 
     def drop(self, lanes: list[_Lane]) -> None:
         """Forget what is queued for the lanes."""

@@ -279,6 +279,16 @@ def test_long_hole_takes_no_memory_and_no_turn_of_others(pool: HashPool) -> None
     one.break_off()
 
 
+def test_long_hole_and_data_take_turns_of_the_same_length(pool: HashPool) -> None:
+    hole, data = DigestStream(pool, "sha512"), DigestStream(pool, "sha512")
+    hole.write(1 << 40, b"x")
+    data.write(0, CONTENT)
+    assert data.finish(len(CONTENT)) == digests_by_hashlib(CONTENT)
+    hashed_meanwhile = (1 << 40) - pool.queued_hole_bytes(hole._lanes)
+    assert hashed_meanwhile < 8 * len(CONTENT)
+    hole.break_off()
+
+
 def test_failure_of_an_algorithm_gives_no_digests(stream: DigestStream) -> None:
     stream.write(0, b"x")
     stream._by_algo["sha512"].state = None  # type: ignore[assignment]
