@@ -156,10 +156,14 @@ class ImageOperations:
 
     @contextlib.contextmanager
     def _image(self, path: str | None, fh: int | None = None) -> Iterator[Image]:
-        """The image of a handle, where there is one, of a path, or of a hidden path."""
+        """The image of a handle, where there is one, of a path, or of a hidden path.
+
+        A handle may be one that another process opened, and closes meanwhile.
+        """
         handle = self._open_handle(path, fh)
         if handle is not None:
-            yield handle.image
+            with self._store.held(handle.image) as image:
+                yield image
         elif path is None or path == ROOT:
             raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
         else:
@@ -204,7 +208,10 @@ class ImageOperations:
         if path == ROOT:
             return self._root_status()
         handle = self._open_handle(path, fh)
-        return _shown(*(self._store.status(_name(str(path))) if handle is None else handle.image.located()))
+        if handle is None:
+            return _shown(*self._store.status(_name(str(path))))
+        with self._store.held(handle.image) as image:
+            return _shown(*image.located())
 
     def find(self, path: str) -> Status | None:
         """stat(2) of a name; None where there is no image of that name."""

@@ -200,6 +200,15 @@ class Namespace:
         finally:
             self.let_go(image)
 
+    @contextlib.contextmanager
+    def held(self, image: Image) -> Iterator[Image]:
+        """An image at hand, which nobody closes inside the block. Raises OSError, EBADF, where somebody has."""
+        self.hold(image)
+        try:
+            yield image
+        finally:
+            self.let_go(image)
+
     def pin(self, name: str) -> Image:
         """The image of a name with one more reference, which `let_go` takes back. Raises ImageNotFound."""
         if not _may_exist(name):
@@ -216,18 +225,25 @@ class Namespace:
     def _pinned(self, name: str) -> Image | None:
         for datadir in self._having(name):
             try:
-                path_fd = datadir.pin(name)
+                image = self._pinned_in(datadir, name)
             except ImageNotFound:
                 continue
             except OSError as error:
                 if not datadir.is_lost(error):
                     raise
                 continue
+            return image
+        return None
+
+    def _pinned_in(self, datadir: Datadir, name: str) -> Image:
+        """Raises ImageNotFound. A file that is replaced directly goes from under the lookup, which looks again."""
+        for _ in range(_ATTEMPTS):
+            path_fd = datadir.pin(name)
             image = self._shared(self._image(datadir, name, path_fd, os.fstat(path_fd)))
             if self._keep_name(image, name):
                 return image
             self.let_go(image)
-        return None
+        raise ImageNotFound(f"no image {name!r}")
 
     def _having(self, name: str) -> list[Datadir]:
         """The datadirs to be asked for a name, in this order."""
@@ -259,8 +275,10 @@ class Namespace:
         return links > 0
 
     def hold(self, image: Image) -> Image:
-        """One more reference to an image that is referenced already."""
+        """One more reference to an image. Raises OSError, EBADF, where the last one has gone."""
         with self._table_lock:
+            if not image.references:
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
             image.references += 1
         return image
 

@@ -252,6 +252,10 @@ class ImageStore:
         """The image of a name, for the duration of a `with` block. Raises ImageNotFound."""
         return self._namespace.image(name)
 
+    def held(self, image: Image) -> contextlib.AbstractContextManager[Image]:
+        """An image at hand, which nobody closes inside a `with` block. Raises OSError, EBADF, where somebody has."""
+        return self._namespace.held(image)
+
     def delete(self, name: str) -> None:
         """Remove an image; handles that are open keep it readable. Raises ImageNotFound, or the true errno."""
         self._namespace.delete(name)
