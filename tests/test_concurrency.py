@@ -170,3 +170,41 @@ def test_exclusive_create_of_an_image_in_a_lower_datadir_fails(mount: Mount) -> 
         os.open(images / "a", os.O_CREAT | os.O_EXCL | os.O_WRONLY)
     assert caught.value.errno == errno.EEXIST
     assert (images / "a").stat().st_size == 10
+
+
+@pytest.mark.parametrize("mount", ["kernel"], indirect=True)
+def test_a_name_that_is_renamed_over_again_and_again_never_fails(mount: Mount) -> None:
+    """As rsync does it, while others open, read and ask; to them the name never is missing."""
+    images = mount()
+    path = images / "a"
+    path.write_bytes(b"0" * 100)
+    ending = threading.Event()
+
+    def replace(writer: int) -> None:
+        for number in range(150):
+            new = images / f"new-{writer}"
+            new.write_bytes(b"%d" % (number % 10) * 100)
+            new.rename(path)
+
+    def use(flags: int) -> int:
+        rounds = 0
+        while not ending.is_set():
+            fd = os.open(path, flags)
+            content = os.pread(fd, 200, 0)
+            assert (len(content), len(set(content))) == (100, 1)
+            os.fstat(fd)
+            os.close(fd)
+            path.stat()
+            assert os.getxattr(path, "user.imgfs.state") in (b"saving", b"stale", b"active")
+            rounds += 1
+        return rounds
+
+    with ThreadPoolExecutor(6) as pool:
+        users = [pool.submit(use, flags) for flags in (os.O_RDONLY, os.O_RDWR, os.O_RDONLY)]
+        try:
+            for writer in [pool.submit(replace, writer) for writer in range(3)]:
+                writer.result()
+        finally:
+            ending.set()
+        assert min(user.result() for user in users) > 10
+    assert os.listdir(images.path) == ["a"]

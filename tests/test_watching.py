@@ -1,5 +1,6 @@
 """Changes made to a datadir directly are seen through the mount, though the kernel caches names and attributes."""
 
+import errno
 import os
 import sys
 import threading
@@ -145,3 +146,57 @@ def test_timeouts_can_be_set(mount: Callable[..., Mounted], timeouts: str) -> No
     (images / "a").write_bytes(b"x")
     (images.datadirs[0] / "a").write_bytes(b"longer")
     wait_until(lambda: (images / "a").stat().st_size == 6)
+
+
+@ON_KERNEL
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_file_with_several_names_is_shown_as_it_is_whichever_was_used(
+    mount: Mounter, tmp_path: Path, inside: bool
+) -> None:
+    images = mount()
+    (images / "a").write_bytes(b"one")
+    assert (images / "a").stat().st_nlink == 1
+    other = images.datadirs[0] / "b" if inside else tmp_path / "b"
+    other.hardlink_to(images.datadirs[0] / "a")
+    with open(other, "ab") as file:
+        file.write(b" and more")
+    with open(images / "a", "rb") as opened:  # an open, as qemu-img does it, is never too early
+        assert os.fstat(opened.fileno()).st_size == len(b"one and more")
+        assert opened.read() == b"one and more"
+    wait_until(lambda: (images / "a").stat().st_nlink == 2)
+    with open(other, "ab") as file:
+        file.write(b" still")
+    wait_until(lambda: (images / "a").stat().st_size == len(b"one and more still"))
+
+
+@ON_KERNEL
+def test_a_file_replaced_directly_is_never_read_under_the_size_of_another(mount: Mounter) -> None:
+    images = mount()
+    below = images.datadirs[0]
+    sizes = (4096, 100_000, 1_000_001)
+    (below / "a").write_bytes(b"0" * sizes[0])
+    ending = threading.Event()
+
+    def replace() -> None:
+        number = 0
+        while not ending.wait(0.002):
+            number += 1
+            (below / ".imgfs" / "new").write_bytes(b"%d" % (number % 10) * sizes[number % 3])
+            (below / ".imgfs" / "new").rename(below / "a")
+
+    thread = threading.Thread(target=replace)
+    thread.start()
+    try:
+        for _ in range(1500):
+            try:
+                fd = os.open(images / "a", os.O_RDONLY)
+            except OSError as error:  # it was replaced twice between lookup and open
+                assert error.errno == errno.ESTALE
+                continue
+            size, content = os.fstat(fd).st_size, os.pread(fd, 2_000_000, 0)
+            assert size == len(content) == os.lseek(fd, 0, os.SEEK_END)
+            assert len(set(content)) == 1
+            os.close(fd)
+    finally:
+        ending.set()
+        thread.join()

@@ -12,7 +12,7 @@ import os
 import stat
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import count
 from typing import Any, NamedTuple, TypeVar
 
@@ -26,6 +26,7 @@ from imgfs.kernel.requests import Header
 from imgfs.status import Status
 
 LONG_S = 60
+LINKED_S = 1.0  # a file with several names may change by one that nobody watches
 CHANGE_WAIT_S = 1.0
 ATTEMPTS = 5
 RENAME_NOREPLACE = 1 << 0
@@ -63,12 +64,16 @@ class Filesystem:
         timeouts: Timeouts,
         negative_s: float = 0,
         passthrough: Callable[[], bool] = lambda: True,
+        expire: Callable[[int], None] = lambda _nodeid: None,
     ) -> None:
+        """`expire` has the kernel forget the attributes of a nodeid, at once."""
         self._call = operations
+        self._expire = expire
         self._passthrough = passthrough
         self._nodes = nodes
         self._handles = handles
         self._timeouts = timeouts
+        self._linked_timeouts = timeouts.with_attr_at_most(LINKED_S)
         self._negative = Timeouts.of_seconds(negative_s, 0)
         self._looking: dict[str, Header] = {}  # path -> the request that looks it up, the latest of them
         self._listings: dict[int, list[Entry] | None] = {}
@@ -83,8 +88,8 @@ class Filesystem:
         while (found := self._look(path, header)) is not None:
             node, status, sure = found
             if sure or next(attempts) == ATTEMPTS:
-                return replies.entry_out(node.nodeid, self._timeouts if sure else replies.NEVER, status)
-            self._nodes.forget([(node.nodeid, 1)])
+                return replies.entry_out(node.nodeid, self._shown(node, status, sure), status)
+            self._forget([(node.nodeid, 1)])
             self._nodes.wait_steady(path, CHANGE_WAIT_S)
         return self._absent()
 
@@ -124,12 +129,16 @@ class Filesystem:
         raise _error(errno.ENOENT)
 
     def forget(self, header: Header, request: requests.ForgetIn) -> Payload:
-        self._nodes.forget([(header.nodeid, request.nlookup)])
+        self._forget([(header.nodeid, request.nlookup)])
         return b""
 
     def batch_forget(self, _header: Header, request: requests.BatchForgetIn) -> Payload:
-        self._nodes.forget(request.items)
+        self._forget(request.items)
         return b""
+
+    def _forget(self, forgotten: Iterable[tuple[int, int]]) -> None:
+        for fh in self._nodes.forget(forgotten):
+            self._call("release", None, fh)
 
     def getattr(self, header: Header, request: requests.GetattrIn) -> Payload:
         if header.nodeid == abi.FUSE_ROOT_ID:  # it has one name for ever, and is asked for after each change
@@ -142,12 +151,18 @@ class Filesystem:
         node = self._nodes.get(header.nodeid)
         fh = request.fh if request.getattr_flags & abi.FUSE_GETATTR_FH else None
         (status, born_ns), sure = self._steadily(node, fh, lambda path, handle: self._call("statx", path, handle))
-        return replies.statx_out(self._timeouts if sure else replies.NEVER, status, born_ns)
+        return replies.statx_out(self._shown(node, status, sure), status, born_ns)
 
     def setattr(self, header: Header, request: requests.SetattrIn) -> Payload:
         node = self._nodes.get(header.nodeid)
+        fh = request.fh if request.valid & abi.FATTR_FH else None
+        # An image is truncated by a handle that may write, or by its name.
+        any_handle = not request.valid & abi.FATTR_SIZE
+        self._steadily(node, fh, lambda path, handle: self._set(node, request, path, handle), any_handle)
+        return self._attr_out(node, fh)
+
+    def _set(self, node: Node, request: requests.SetattrIn, path: str | None, fh: int | None) -> None:
         valid = request.valid
-        path, fh = self._target(node, request.fh if valid & abi.FATTR_FH else None)
         if valid & abi.FATTR_SIZE:
             self._call("truncate", path, request.size, fh)
             if valid & abi.FATTR_KILL_SUIDGID:
@@ -162,7 +177,6 @@ class Filesystem:
             self._call("chown", path, uid, gid, fh)
         if valid & (abi.FATTR_ATIME | abi.FATTR_MTIME):
             self._call("utimens", path, _times(request), fh)
-        return self._attr_out(node, fh)
 
     def statfs(self, _header: Header, _request: requests.Nothing) -> Payload:
         return replies.statfs_out(self._call("statfs", ROOT_PATH))
@@ -186,15 +200,38 @@ class Filesystem:
         if request.flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE):
             raise _error(errno.EINVAL)
         with self._nodes.changing(old, new):
-            if request.flags:
-                self._call("rename2", old, new, request.flags)
-            else:
-                self._call("rename", old, new)
             if request.flags & RENAME_EXCHANGE:
+                self._call("rename2", old, new, request.flags)
                 self._nodes.exchange(old, new)
-            else:
+            elif request.flags:
+                self._call("rename2", old, new, request.flags)
                 self._nodes.rename(old, new)
+            else:
+                self._replace(old, new)
         return b""
+
+    def _replace(self, old: str, new: str) -> None:
+        """rename(2), over an image that others may have looked up just now.
+
+        To them its name never was missing, so what they ask for next is answered: of the image that they found.
+        """
+        replaced = self._nodes.find(new)
+        kept = None if replaced is None or old == new else self._kept(new)
+        in_use = False
+        try:
+            self._call("rename", old, new)
+            in_use = self._nodes.rename(old, new, kept)
+        finally:
+            if kept is not None and not in_use:
+                self._call("release", None, kept)
+
+    def _kept(self, path: str) -> int | None:
+        """A handle to reach the image of a name by when it has none any more; None where none is to be had."""
+        try:
+            fh: int = self._call("open", path, os.O_RDONLY)
+        except OSError:
+            return None
+        return fh
 
     # What a flat store refuses; the operations say how.
 
@@ -231,7 +268,8 @@ class Filesystem:
         status: Status = self._guarded(path, fh, lambda: self._call("status", path, fh))
         node = self._nodes.look_up(path, status.identity)
         mode = self._handles.add(fh, node.nodeid, request.flags, None)
-        return replies.entry_out(node.nodeid, self._timeouts, status) + replies.open_out(fh, *mode)
+        timeouts = self._shown(node, status, sure=True)
+        return replies.entry_out(node.nodeid, timeouts, status) + replies.open_out(fh, *mode)
 
     def open(self, header: Header, request: requests.OpenIn) -> Payload:
         return self._open(self._nodes.get(header.nodeid), request.flags, request.open_flags)
@@ -301,13 +339,13 @@ class Filesystem:
         """Take back what a request gave the kernel that will never hear of it: lookups, handles, a new image."""
         body = bytes(body)
         if header.opcode == abi.FUSE_LOOKUP:
-            self._nodes.forget([(replies.nodeid_of_entry(body), 1)])
+            self._forget([(replies.nodeid_of_entry(body), 1)])
         elif header.opcode == abi.FUSE_READDIRPLUS:
-            self._nodes.forget((nodeid, 1) for nodeid in replies.nodeids_of_listing(body))
+            self._forget((nodeid, 1) for nodeid in replies.nodeids_of_listing(body))
         elif header.opcode == abi.FUSE_OPEN:
             self._take_back(replies.fh_of_open(body))
         elif header.opcode == abi.FUSE_CREATE:
-            self._nodes.forget([(replies.nodeid_of_entry(body), 1)])
+            self._forget([(replies.nodeid_of_entry(body), 1)])
             fh = replies.fh_of_open(body[abi.fuse_entry_out.size :])
             self._call("discard", fh)
             self._take_back(fh)
@@ -324,24 +362,27 @@ class Filesystem:
         if request.name == _CAPABILITY:
             raise _error(errno.ENODATA)
         _check_namespace(request.name)
-        path, fh = self._target(self._nodes.get(header.nodeid), None)
-        value = self._call("getxattr", path, os.fsdecode(request.name), 0, fh)
-        return _sized(value, request.size)
+        name = os.fsdecode(request.name)
+        return _sized(self._by_any(header, lambda path, fh: self._call("getxattr", path, name, 0, fh)), request.size)
 
     def setxattr(self, header: Header, request: requests.SetxattrIn) -> Payload:
         _check_namespace(request.name)
-        path, fh = self._target(self._nodes.get(header.nodeid), None)
-        self._call("setxattr", path, os.fsdecode(request.name), request.value, request.flags, 0, fh)
+        arguments = os.fsdecode(request.name), request.value, request.flags, 0
+        self._by_any(header, lambda path, fh: self._call("setxattr", path, *arguments, fh))
         return b""
 
     def listxattr(self, header: Header, request: requests.ListxattrIn) -> Payload:
-        path, fh = self._target(self._nodes.get(header.nodeid), None)
-        return _sized(replies.names_out(self._call("listxattr", path, fh)), request.size)
+        names: list[str] = self._by_any(header, lambda path, fh: self._call("listxattr", path, fh))
+        return _sized(replies.names_out(names), request.size)
 
     def removexattr(self, header: Header, request: requests.Name) -> Payload:
-        path, fh = self._target(self._nodes.get(header.nodeid), None)
-        self._call("removexattr", path, os.fsdecode(request.name), fh)
+        name = os.fsdecode(request.name)
+        self._by_any(header, lambda path, fh: self._call("removexattr", path, name, fh))
         return b""
+
+    def _by_any(self, header: Header, act: Callable[[str | None, int | None], T]) -> T:
+        """Do something by the name or any handle of the inode that a request is about."""
+        return self._steadily(self._nodes.get(header.nodeid), None, act)[0]
 
     # The directory
 
@@ -399,26 +440,35 @@ class Filesystem:
         """Path and handle to name an inode by: one of them is there, else ESTALE."""
         path = node.path
         if path is None and fh is None:
-            fh = self._handles.any_of(node.nodeid)
+            fh = self._any_handle(node)
             if fh is None:
                 raise _error(errno.ESTALE)
         return path, fh
 
-    def _steadily(self, node: Node, fh: int | None, act: Callable[[str | None, int | None], T]) -> tuple[T, bool]:
-        """Do something by the name of a node, again if the name went to another image meanwhile.
+    def _any_handle(self, node: Node) -> int | None:
+        fh = self._handles.any_of(node.nodeid)
+        return node.kept if fh is None else fh
 
-        Gives the value, and whether it surely belongs to the node.
+    def _steadily(
+        self, node: Node, fh: int | None, act: Callable[[str | None, int | None], T], any_handle: bool = True
+    ) -> tuple[T, bool]:
+        """Do something by a handle of a node, or by its name; again if that led elsewhere meanwhile.
+
+        With `any_handle`, one that others have opened will do. Gives the value, and whether it surely belongs to the
+        node.
         """
         for attempt in range(ATTEMPTS):
             last = attempt == ATTEMPTS - 1
-            path, handle = self._target(node, fh)
+            given = self._handles.any_of(node.nodeid) if fh is None and any_handle else fh
+            path, handle = self._target(node, given)
             try:
                 value = act(path, handle)
-            except OSError:
-                if last or self._is_still(node, path):
+            except OSError as error:
+                was_released = fh is None and handle is not None and error.errno == errno.EBADF
+                if last or (not was_released and (handle is not None or self._is_still(node, path))):
                     raise
             else:
-                if self._is_still(node, path):
+                if handle is not None or self._is_still(node, path):
                     return value, True
             if not last:
                 self._nodes.wait_steady(path, CHANGE_WAIT_S)
@@ -426,7 +476,21 @@ class Filesystem:
 
     def _status(self, node: Node, fh: int | None) -> tuple[Timeouts, Status]:
         status, sure = self._steadily(node, fh, lambda path, handle: self._call("status", path, handle))
-        return self._timeouts if sure else replies.NEVER, status
+        self._require_same(node, status)
+        return self._shown(node, status, sure), status
+
+    def _shown(self, node: Node, status: Status, sure: bool) -> Timeouts:
+        """How long the kernel may keep what it is shown; of which file state that is, is noted with the node."""
+        node.ctime_ns = status.stat.st_ctime_ns
+        if not sure:
+            return replies.NEVER
+        return self._timeouts if status.stat.st_nlink < 2 else self._linked_timeouts
+
+    def _require_same(self, node: Node, status: Status) -> None:
+        """ESTALE where the name of a node leads to another file by now, so that the kernel looks it up again."""
+        if node.ino not in (None, status.identity):
+            self._nodes.take_name(node)
+            raise _error(errno.ESTALE)
 
     def _attr_out(self, node: Node, fh: int | None) -> bytes:
         return replies.attr_out(*self._status(node, fh))
@@ -445,21 +509,28 @@ class Filesystem:
             self._handles.wait_for_closed(node.nodeid, _RELEASE_WAIT_S)
         passed = reads and self._passthrough()
         path, fh = self._open_steadily(node, flags)
-        if open_flags & abi.FUSE_OPEN_KILL_SUIDGID:
-            self._guarded(path, fh, lambda: self._drop_privileges(path, fh))
-        backing_fd = self._guarded(path, fh, lambda: self._call("passthrough_fd", fh)) if passed else None
+        backing_fd = self._guarded(path, fh, lambda: self._prepare(node, path, fh, open_flags, passed))
         return replies.open_out(fh, *self._handles.add(fh, node.nodeid, flags, backing_fd))
+
+    def _prepare(self, node: Node, path: str | None, fh: int, open_flags: int, passed: bool) -> int | None:
+        """What is to be done with a new handle; gives the descriptor to be passed through, where there is one."""
+        status: Status = self._call("status", path, fh)
+        self._require_same(node, status)
+        if status.stat.st_ctime_ns != node.ctime_ns:  # whatever else is told of a change may come too late
+            self._expire(node.nodeid)
+        if open_flags & abi.FUSE_OPEN_KILL_SUIDGID:
+            self._drop_privileges(path, fh)
+        return self._call("passthrough_fd", fh) if passed else None
 
     def _open_steadily(self, node: Node, flags: int) -> tuple[str | None, int]:
         """Open by name, again if the name went to another image meanwhile; by a handle where there is no name."""
         for _ in range(ATTEMPTS):
             path = node.path
-            if path is None:
-                return None, self._reopen(node, flags)
             try:
-                fh: int = self._call("open", path, flags)
-            except OSError:
-                if self._is_still(node, path):
+                fh: int = self._reopen(node, flags) if path is None else self._call("open", path, flags)
+            except OSError as error:
+                was_released = path is None and error.errno == errno.EBADF
+                if not was_released and self._is_still(node, path):
                     raise
             else:
                 if self._is_still(node, path):
@@ -541,8 +612,7 @@ class Filesystem:
         if found is None:
             return replies.bare_direntplus(entry.ino, offset, entry.mode, entry.name)
         node, status, sure = found
-        timeouts = self._timeouts if sure else replies.NEVER
-        return replies.direntplus(node.nodeid, timeouts, status, offset, entry.name)
+        return replies.direntplus(node.nodeid, self._shown(node, status, sure), status, offset, entry.name)
 
 
 def _check_namespace(name: bytes) -> None:

@@ -21,13 +21,15 @@ ROOT_PATH = "/"
 class Node:
     """One inode as the kernel knows it; guarded by the lock of its `Nodes`, reading `path` is always safe."""
 
-    __slots__ = ("ino", "lookups", "nodeid", "path")
+    __slots__ = ("ctime_ns", "ino", "kept", "lookups", "nodeid", "path")
 
     def __init__(self, nodeid: int, path: str, ino: int | None = None) -> None:
         self.nodeid = nodeid
         self.ino = ino  # of the file it was looked up for
         self.path: str | None = path
+        self.kept: int | None = None  # a handle of the operations, to reach a file whose name was taken
         self.lookups = 0
+        self.ctime_ns = 0  # of the file when the kernel was shown its attributes last
 
 
 class Changing:
@@ -99,8 +101,12 @@ class Nodes:
             node.lookups += 1
             return node
 
-    def forget(self, forgotten: Iterable[tuple[int, int]]) -> None:
-        """Take (nodeid, lookups) pairs off; a node without lookups is gone. The root stays."""
+    def forget(self, forgotten: Iterable[tuple[int, int]]) -> list[int]:
+        """Take (nodeid, lookups) pairs off; a node without lookups is gone. The root stays.
+
+        Gives the handles that were kept for those that are gone.
+        """
+        kept = []
         with self._lock:
             for nodeid, lookups in forgotten:
                 node = self._by_id.get(nodeid)
@@ -110,6 +116,9 @@ class Nodes:
                 if node.lookups <= 0:
                     del self._by_id[nodeid]
                     self._detach(node)
+                    if node.kept is not None:
+                        kept.append(node.kept)
+        return kept
 
     def unlink(self, path: str) -> Node | None:
         """The name is gone: its node, which is given back, has no path any more."""
@@ -119,15 +128,25 @@ class Nodes:
                 self._detach(node)
             return node
 
-    def rename(self, old: str, new: str) -> None:
-        """`old` is called `new` now, and what was `new` has no name (rename(2))."""
+    def take_name(self, node: Node) -> None:
+        """The name of a node leads to another file."""
+        with self._lock:
+            self._detach(node)
+
+    def rename(self, old: str, new: str, kept: int | None = None) -> bool:
+        """`old` is called `new` now, and what was `new` has no name (rename(2)), but a handle, where one is `kept`.
+
+        Gives whether there is a node to keep it for.
+        """
         if old == new:
-            return
+            return False
         with self._lock:
             replaced = self._by_path.get(new)
             if replaced is not None:
+                replaced.kept = kept
                 self._detach(replaced)
             self._attach(self._by_path.pop(old, None), new)
+            return replaced is not None
 
     def exchange(self, one: str, other: str) -> None:
         """Two names swapped (renameat2(2), RENAME_EXCHANGE)."""

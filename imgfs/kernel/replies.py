@@ -26,6 +26,11 @@ class Timeouts(NamedTuple):
     def of_seconds(cls, entry: float, attr: float) -> "Timeouts":
         return cls(int(entry), int(attr), int(entry % 1 * _NS), int(attr % 1 * _NS))
 
+    def with_attr_at_most(self, seconds: float) -> "Timeouts":
+        """The same, with attributes kept for so long at the most."""
+        attr_s, attr_ns = min((self.attr_s, self.attr_ns), (int(seconds), int(seconds % 1 * _NS)))
+        return self._replace(attr_s=attr_s, attr_ns=attr_ns)
+
 
 NEVER = Timeouts(0, 0, 0, 0)
 

@@ -103,6 +103,7 @@ class KernelSession:
             timeouts=timeouts,
             negative_s=negative_timeout,
             passthrough=lambda: self.passthrough,
+            expire=self._expire,
         )
         self._routes = self._make_routes()
         self._connection: int | None = None
@@ -169,6 +170,10 @@ class KernelSession:
         if node is not None:
             self._doubt_name(replies.delete(abi.FUSE_ROOT_ID, node.nodeid, os.fsencode(name)))
         self.name_added(name)
+
+    def _expire(self, nodeid: int) -> None:
+        """Have the kernel ask for attributes again. That takes no lock, so it may be said while a request waits."""
+        self._device.notify(replies.inval_inode(nodeid, -1, 0))
 
     def _doubt_name(self, notification: bytes) -> None:
         """Have the kernel ask again about a name, by this notification if there is no better way.

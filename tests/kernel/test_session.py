@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from imgfs.kernel import Found, KernelSession, RequestContext, abi, replies
 from imgfs.kernel.opcodes import OPCODES, SILENT
-from imgfs.status import Status
+from imgfs.status import Status, Together
 
-STATUS = Status(os.stat("/"), ino=1, identity=1, blksize=1)
+FILE = Together(0o100644, 1, *[0] * 7)
+STATUS = Status(FILE, ino=1, identity=1, blksize=1)
 
 
 class Recorder:
@@ -64,9 +65,9 @@ class Notes:
 class Talk:
     """A session, without a mount, that is handed bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, **options: float) -> None:
         self.context = RequestContext()
-        self.session = KernelSession(operations, "/", context=self.context)
+        self.session = KernelSession(operations, "/", context=self.context, **options)  # type: ignore[arg-type]
         self.device = Recorder()
 
     def raw(self, data: bytes) -> list[tuple[int, Any]]:
@@ -294,3 +295,139 @@ def test_a_lookup_beside_another_of_the_same_name_ends_and_leaves_nothing() -> N
     talk.session._filesystem._call = find
     assert talk.say(abi.FUSE_LOOKUP, b"a\0") == other.replies[0][1]
     assert not talk.session._filesystem._looking
+
+
+class Script:
+    """Operations that write down what they are called with; `answers` say what some of them do, by name."""
+
+    def __init__(self, talk: Talk, **answers: Callable[..., Any]) -> None:
+        self.answers = answers
+        self.calls: list[tuple[Any, ...]] = []
+        talk.session._filesystem._call = self
+
+    def __call__(self, op: str, *args: Any) -> Any:
+        self.calls.append((op, *args))
+        return self.answers[op](*args) if op in self.answers else operations(op, *args)
+
+    def of(self, *ops: str) -> list[tuple[Any, ...]]:
+        return [call for call in self.calls if call[0] in ops]
+
+
+def rename(talk: Talk) -> None:
+    """b to a, by a request."""
+    assert talk.say(abi.FUSE_RENAME, abi.fuse_rename_in.pack(1) + b"b\0a\0") == b""
+
+
+def test_an_image_that_was_replaced_is_reached_until_the_kernel_forgets_it() -> None:
+    """Whoever has just looked it up asks for more by its inode, and its name never was missing."""
+    talk = Talk()
+    talk.say(abi.FUSE_LOOKUP, b"a\0")
+    script = Script(talk, open=lambda *_: len(script.calls), getxattr=lambda *_: b"value")
+    rename(talk)
+    opened = script.calls.index(("open", "/a", os.O_RDONLY)) + 1
+    assert talk.say(abi.FUSE_GETXATTR, abi.fuse_getxattr_in.pack(9) + b"user.x\0", nodeid=2) == b"value"
+    assert script.calls[-1] == ("getxattr", None, "user.x", 0, opened)
+    talk.say(abi.FUSE_OPEN, bytes(8), nodeid=2)
+    assert ("open", None, 0, opened) in script.calls
+    assert not script.of("release")
+    assert talk.say(abi.FUSE_FORGET, (1).to_bytes(8, "little"), nodeid=2) is None
+    assert script.of("release") == [("release", None, opened)]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_rename_that_fails_keeps_no_handle(known: bool) -> None:
+    talk = Talk()
+    if known:
+        talk.say(abi.FUSE_LOOKUP, b"a\0")
+
+    def fail(*_args: Any) -> None:
+        raise PermissionError(errno.EPERM, "no")
+
+    script = Script(talk, rename=fail)
+    assert talk.say(abi.FUSE_RENAME, abi.fuse_rename_in.pack(1) + b"b\0a\0") == errno.EPERM
+    assert len(script.of("open")) == len(script.of("release")) == known
+
+
+def test_a_rename_is_done_where_the_replaced_image_can_not_be_opened() -> None:
+    talk = Talk()
+    talk.say(abi.FUSE_LOOKUP, b"a\0")
+
+    def fail(*_args: Any) -> None:
+        raise OSError(errno.EIO, "it failed an expectation")
+
+    script = Script(talk, open=fail)
+    rename(talk)
+    assert script.of("rename", "release") == [("rename", "/b", "/a")]
+    assert talk.say(abi.FUSE_GETXATTR, abi.fuse_getxattr_in.pack(9) + b"user.x\0", nodeid=2) == errno.ESTALE
+
+
+def test_attributes_are_asked_again_where_the_handle_that_was_asked_is_closed_meanwhile() -> None:
+    talk = Talk()
+    talk.say(abi.FUSE_LOOKUP, b"a\0")
+    talk.say(abi.FUSE_OPEN, bytes(8), nodeid=2)
+
+    def status(_path: str | None, fh: int | None) -> Status:
+        if fh is not None:
+            talk.session._handles.remove(fh)
+            raise OSError(errno.EBADF, "closed")
+        return STATUS
+
+    script = Script(talk, status=status)
+    assert len(talk.say(abi.FUSE_GETATTR, bytes(16), nodeid=2)) == abi.fuse_attr_out.size
+    assert script.of("status") == [("status", "/a", 3), ("status", "/a", None)]
+
+
+def test_an_error_of_the_callers_own_handle_is_shown() -> None:
+    talk = Talk()
+    talk.say(abi.FUSE_LOOKUP, b"a\0")
+
+    def status(*_args: Any) -> None:
+        raise OSError(errno.EBADF, "closed")
+
+    script = Script(talk, status=status)
+    request = abi.fuse_getattr_in.pack(abi.FUSE_GETATTR_FH, 7)
+    assert talk.say(abi.FUSE_GETATTR, request, nodeid=2) == errno.EBADF
+    assert script.of("status") == [("status", "/a", 7)]
+
+
+@pytest.mark.parametrize("opcode", [abi.FUSE_OPEN, abi.FUSE_GETATTR])
+def test_a_name_that_leads_to_another_file_is_to_be_looked_up_again(opcode: int) -> None:
+    """The kernel does so at ESTALE; bytes of the new file must not be read under the old one's attributes."""
+    talk = Talk()
+    talk.say(abi.FUSE_LOOKUP, b"a\0")
+    script = Script(talk, status=lambda *_: STATUS._replace(identity=2))
+    assert talk.say(opcode, bytes(16 if opcode == abi.FUSE_GETATTR else 8), nodeid=2) == errno.ESTALE
+    assert len(script.of("open")) == len(script.of("release"))
+    assert not talk.session._handles.all()
+    script.answers["find"] = script.answers["status"]
+    assert talk.say(abi.FUSE_LOOKUP, b"a\0")[:8] == (3).to_bytes(8, "little")
+
+
+def test_attributes_of_a_file_with_several_names_are_kept_for_a_moment_only() -> None:
+    talk = Talk(entry_timeout=600, attr_timeout=600)
+    linked = STATUS._replace(stat=FILE._replace(st_nlink=2))
+    Script(talk, find=lambda *_: linked, status=lambda *_: linked)
+    entry = abi.fuse_entry_out.unpack(talk.say(abi.FUSE_LOOKUP, b"a\0"))
+    assert (entry[2], entry[3]) == (600, 1)
+    assert abi.fuse_attr_out.unpack(talk.say(abi.FUSE_GETATTR, bytes(16), nodeid=2))[0] == 1
+
+
+class Expired(Notes):
+    """In place of a `Device` that is written notifications to."""
+
+    notify = Notes.send
+
+
+def test_an_open_of_a_file_that_changed_since_the_kernel_saw_it_has_it_ask_again() -> None:
+    talk = Talk()
+    device = talk.session._device = Expired()  # type: ignore[assignment]
+    changed = STATUS._replace(stat=FILE._replace(st_ctime_ns=9))
+    talk.say(abi.FUSE_LOOKUP, b"a\0")
+    talk.say(abi.FUSE_OPEN, bytes(8), nodeid=2)
+    assert not device.sent
+    Script(talk, status=lambda *_: changed)
+    talk.say(abi.FUSE_OPEN, bytes(8), nodeid=2)
+    assert device.sent == [replies.inval_inode(2, -1, 0)]
+    talk.say(abi.FUSE_GETATTR, bytes(16), nodeid=2)
+    talk.say(abi.FUSE_OPEN, bytes(8), nodeid=2)
+    assert len(device.sent) == 1
