@@ -307,3 +307,12 @@ def test_copy_within_a_datadir_that_can_share_blocks_takes_no_space(
     os.sync()
     after = os.statvfs(below)
     assert (before.f_bfree - after.f_bfree) * after.f_frsize < 4 * MIB
+
+
+@pytest.mark.parametrize("whence", [os.SEEK_DATA, os.SEEK_HOLE])
+def test_seeking_from_before_the_beginning_finds_nothing(mount: Mount, whence: int) -> None:
+    images = mount()
+    (images / "a").write_bytes(b"x")
+    with open(images / "a", "rb") as file, pytest.raises(OSError) as caught:
+        os.lseek(file.fileno(), -5, whence)
+    assert caught.value.errno == errno.ENXIO

@@ -155,7 +155,7 @@ fuse_getxattr_in: Final = Struct("<I4x")
 fuse_access_in: Final = Struct("<I4x")
 fuse_interrupt_in: Final = Struct("<Q")
 fuse_fallocate_in: Final = Struct("<QQQI4x")
-fuse_lseek_in: Final = Struct("<QQI4x")
+fuse_lseek_in: Final = Struct("<QqI4x")  # the offset is that of lseek(2), so it may be negative
 fuse_copy_file_range_in: Final = Struct("<QQQQQQQ")
 
 # Replies and notifications. Seconds of times are signed, as the kernel takes them (fuse_change_attributes_common).
