@@ -10,6 +10,7 @@ import gc
 import logging
 import os
 import resource
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -130,7 +131,11 @@ def _child(run: Callable[[Callable[[], None]], int], write_end: int, set_up_logg
     def ready() -> None:
         set_up_logging()
         _close_standard_streams()
-        os.write(write_end, b"+")
+        try:
+            os.write(write_end, b"+")
+        except BrokenPipeError:
+            log.warning("the command was ended before the mount was ready; it is taken away again")
+            os.kill(os.getpid(), signal.SIGTERM)
         os.close(write_end)
 
     try:

@@ -4,9 +4,11 @@ import contextlib
 import ctypes
 import errno
 import logging
+import math
 import os
 import select
 import subprocess
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from imgfs.mount_table import mounted_at
 log = logging.getLogger(__name__)
 
 FSTYPE = "fuse.imgfs"
+PATIENCE_SECONDS = 5.0
 _POLL_SECONDS = 0.5
 _MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8  # umount2(2)
 
@@ -24,7 +27,8 @@ _MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8  # umount2(2)
 def absolute(mountpoint: str) -> str:
     """The absolute path of a mountpoint as the mount table has it; a dead mount's own path is not looked into."""
     parent, name = os.path.split(os.path.abspath(mountpoint))
-    return os.path.join(os.path.realpath(parent), name) if name else parent
+    path = os.path.join(os.path.realpath(parent), name) if name else parent
+    return path if mounted_at(path) else os.path.realpath(path)
 
 
 def prepare(mountpoint: str, datadirs: Iterable[str]) -> str:
@@ -103,7 +107,14 @@ def _daemon_of(path: str) -> tuple[int, int] | None:
 
 def _wait_for_end(pidfd: int, pid: int) -> None:
     """Wait until a process has ended; or is done, but has threads that a hung datadir keeps from ending."""
+    told_at = time.monotonic() + PATIENCE_SECONDS
     while not select.select([pidfd], [], [], _POLL_SECONDS)[0]:
+        if time.monotonic() > told_at:
+            told_at = math.inf
+            log.warning(
+                "process %d goes on: images are still being sealed, or the mount is in use elsewhere (a bind mount, "
+                "another mount namespace); to end it in any case: kill %d", pid, pid
+            )  # fmt: skip
         with contextlib.suppress(OSError):
             if Path(f"/proc/{pid}/stat").read_text("ascii", "replace").rpartition(")")[2].split()[0] == "Z":
                 log.warning("process %d is done, but can't end before a datadir answers again", pid)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from imgfs import ImageStore, State, load, mount_table, mounts
+from imgfs import DatadirConfig, ImageStore, State, load, mount_table, mounts
+from imgfs.datadir import Datadir
 from imgfs.version import VERSION
 from tests.conftest import IMGFS, Mounted, attribute, run, wait_until, write_config
 
@@ -212,6 +213,49 @@ def test_mountpoint_may_have_any_name(imgfs: Imgfs, config: Path, tmp_path: Path
     (tmp_path / name / "x").write_bytes(CONTENT)
     assert imgfs("umount", tmp_path / name).returncode == 0
     assert not mounts.is_imgfs(tmp_path / name)
+
+
+def test_a_symlink_to_a_mountpoint_will_do(imgfs: Imgfs, config: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("images")
+    assert imgfs("mount", config, tmp_path / "link").returncode == 0
+    assert mounts.is_imgfs(tmp_path / "images")
+    assert imgfs("umount", f"{tmp_path}/link/").returncode == 0
+    assert not mounts.is_imgfs(tmp_path / "images")
+
+
+def test_umount_says_what_it_waits_for(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(mounts, "PATIENCE_SECONDS", 0)
+    with subprocess.Popen(["sleep", "2"]) as process:
+        pidfd = os.pidfd_open(process.pid)
+        mounts._wait_for_end(pidfd, process.pid)
+        os.close(pidfd)
+    (message,) = caplog.messages
+    assert f"process {process.pid} goes on" in message
+    assert f"kill {process.pid}" in message
+
+
+def test_a_mount_whose_command_was_killed_goes_again(config: Path, tmp_path: Path) -> None:
+    """Here it waits for a datadir that another one lets go of a moment later."""
+    with contextlib.closing(Datadir(DatadirConfig(str(tmp_path / "high")))):
+        command = [
+            sys.executable,
+            "-m",
+            "imgfs",
+            "mount",
+            "--log-file",
+            tmp_path / "log",
+            config,
+            tmp_path / "images",
+        ]
+        with subprocess.Popen(command) as process:
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+            wait_until(children.read_text, "the child that is to be the daemon")
+            child = int(children.read_text())
+            process.kill()
+        assert lives(child)
+    wait_until(lambda: not lives(child), "the end of the child")
+    assert "it is taken away again" in (tmp_path / "log").read_text()
+    assert not mounts.is_imgfs(tmp_path / "images")
 
 
 def test_log_file_gets_what_the_daemon_says(imgfs: Imgfs, config: Path, tmp_path: Path) -> None:

@@ -99,14 +99,17 @@ def set_readahead(connection: int, size_bytes: int) -> bool:
     return True
 
 
-def abort(mountpoint: Path, connection: int | None) -> bool:
-    """End a connection whatever is open on it; False without the rights.
+def abort(mountpoint: Path | None, connection: int | None) -> bool:
+    """End a connection whatever is open on it; False where that can't be had.
 
-    By /sys/fs/fuse/connections/N/abort, or where that is not mounted by umount2(2) with MNT_FORCE.
+    By /sys/fs/fuse/connections/N/abort, or where that is not mounted by umount2(2) with MNT_FORCE, which takes a
+    mountpoint, and privileges.
     """
     try:
         Path(f"/sys/fs/fuse/connections/{connection}/abort").write_text("1", "ascii")
     except OSError:
+        if mountpoint is None:
+            return False
         return not libc.umount2(os.fsencode(mountpoint), MNT_FORCE) or ctypes.get_errno() == errno.EBUSY
     return True
 

@@ -28,6 +28,7 @@ PATIENCE_S = 0.005
 LOOKOUT_S = 0.0001
 MAX_MISSES = 8
 ALONE_S = 0.1
+END_POLL_S = 0.05
 SEVERAL_CPUS = len(os.sched_getaffinity(0)) > 1
 # Requests that move data, or wait for a disk or a digest.
 LONG = frozenset(
@@ -96,6 +97,7 @@ class Readers:
         self._threads: set[threading.Thread] = set()
         self._kept: list[Device] = []  # of lost threads that have come back
         self._ended = threading.Event()
+        self._broken_off = False
         self._busy: Device | None = None  # the holder of the place, while it answers
         self._requests = 0
         self._written = b""  # the inode that the latest write was for
@@ -129,6 +131,22 @@ class Readers:
         if holder is not None and self._holding == threading.get_ident():
             self._give_place_away(holder)
 
+    def break_off(self) -> None:
+        """Answer nothing more, though the connection lasts; it ends with the process, as the last descriptor goes."""
+        self._broken_off = True
+        self._ended.set()
+
+    def has_ended(self, timeout_s: float) -> bool:
+        """Whether the connection has ended, now or within some time."""
+        return self._ended.wait(timeout_s)
+
+    def answering(self) -> int:
+        """How many threads are still at work on a request, after the end."""
+        if not self._broken_off:
+            return len(self._threads)
+        reading = self._holder is not None and self._busy is not self._holder
+        return len(self._threads) - len(self._waiting) - reading
+
     def run(self, ready: Callable[[], None], on_end: Callable[[], None], end_wait_s: float) -> None:
         """Serve until the connection ends; call `on_end`, and give answers under way `end_wait_s` to finish."""
         watchdog = threading.Thread(target=self._watch, name="fuse-watchdog", daemon=True)
@@ -139,8 +157,10 @@ class Readers:
         on_end()
         self._active.set()
         watchdog.join()
+        deadline = time.monotonic() + end_wait_s
         with self._changed:
-            self._changed.wait_for(lambda: not self._threads, end_wait_s)
+            while self.answering() and time.monotonic() < deadline:
+                self._changed.wait(END_POLL_S)
 
     def _start(self, device: Device) -> None:
         thread = threading.Thread(target=self._serve, args=(device,), name="fuse-reader", daemon=True)
@@ -191,7 +211,7 @@ class Readers:
         lookout = Lookout(device)
         while self._holder is device:
             data = lookout.next_request()
-            if data is None:
+            if data is None or self._broken_off:
                 self._ended.set()
                 self._give_place_away(device)
             elif self._takes_long(data):

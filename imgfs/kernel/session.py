@@ -2,9 +2,10 @@
 
 Owns the connection: the descriptor and its clones, the reader threads, and the rule that every request gets
 exactly one reply. What a request means is filesystem.py's. `mount` and `run` belong to one thread; `stop`,
-`abort` and the invalidations may come from any, also from a signal handler, and wait for no request.
+`abort` and the invalidations may come from any, and wait for no request.
 """
 
+import contextlib
 import errno
 import logging
 import os
@@ -33,6 +34,7 @@ from imgfs.kernel.requests import Header, MalformedRequest
 log = logging.getLogger(__name__)
 
 END_WAIT_S = 10.0
+STOP_WAIT_S = 2.0
 _CAP_SYS_ADMIN = 21
 # Requests that change nothing, or nothing that can't be taken back.
 _ASKS = frozenset(
@@ -138,18 +140,33 @@ class KernelSession:
         self._finish()
 
     def stop(self) -> None:
-        """Unmount; if files are open on it, whoever has them open gets ENOTCONN from now on."""
-        try:
-            mounts.take_away(str(self.mountpoint), lazy=False)
-        except MountError:
+        """Unmount; if files are open on it, whoever has them open gets ENOTCONN from now on.
+
+        So do those who use the mount by another path (a bind mount, another mount namespace); it takes a moment to
+        see that there are some.
+        """
+        if not self._is_unmounted() or not self._readers.has_ended(STOP_WAIT_S):
             log.warning("%s is in use; it ends all the same", self.mountpoint)
             self._cut_off = True
             self.abort()
 
     def abort(self) -> None:
         """End the connection at once; whoever has files open on it gets ENOTCONN."""
-        if not mount.abort(self.mountpoint, self._connection):
-            log.error("%s can't be aborted without the rights for it", self.mountpoint)
+        if not mount.abort(self.mountpoint if self._is_here() else None, self._connection):
+            self._readers.break_off()
+
+    def _is_unmounted(self) -> bool:
+        """Whether the mount point is free, now at the latest."""
+        with contextlib.suppress(MountError):
+            if self._is_here():
+                mounts.take_away(str(self.mountpoint), lazy=False)
+            return True
+        return False
+
+    def _is_here(self) -> bool:
+        """Whether what is mounted on the mount point is this."""
+        number = mount.connection_number(self.mountpoint)
+        return number is not None and number == self._connection
 
     # What the kernel may have cached
 
@@ -218,8 +235,8 @@ class KernelSession:
         self._notifier.send(replies.inval_inode(abi.FUSE_ROOT_ID, 0, 0))
 
     def _finish(self) -> None:
-        if len(self._readers):
-            log.warning("%d requests were still being worked on when the mount went", len(self._readers))
+        if answering := self._readers.answering():
+            log.warning("%d requests were still being worked on when the mount went", answering)
         self._connected = False
         self._context.drop_all()
         self._notifier.close()
@@ -232,8 +249,7 @@ class KernelSession:
 
     def _leave_no_dead_mount(self) -> None:
         """After an abort the mount point still shows a file system that answers ENOTCONN."""
-        number = mount.connection_number(self.mountpoint)
-        if number is not None and number == self._connection:
+        if self._is_here():
             try:
                 mounts.detach(str(self.mountpoint))
             except MountError as error:

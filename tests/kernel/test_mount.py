@@ -629,6 +629,36 @@ def test_stop_ends_the_mount_though_an_image_is_open(image: Mount) -> None:
     assert (image.backing / "image").read_bytes()[:6] == b"before"
 
 
+@pytest.fixture(params=["bind mount", "namespace"])
+def used_elsewhere(image: Mount, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A path that shows the mount, though it goes from its own mount point."""
+    if request.param == "bind mount":
+        other = tmp_path / "elsewhere"
+        other.mkdir()
+        subprocess.run(["mount", "--bind", image.path, other], check=True)
+        yield other
+        subprocess.run(["umount", "--lazy", other], check=True)
+        return
+    command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", "echo; exec sleep 1000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        process.stdout.readline()
+        yield Path(f"/proc/{process.pid}/root{image.path}")
+        process.kill()
+
+
+def test_stop_ends_the_daemon_though_the_mount_is_used_elsewhere(image: Mount, used_elsewhere: Path) -> None:
+    image.expect("is in use; it ends all the same")
+    assert (used_elsewhere / "image").exists()
+    image.ask("stop")
+    assert image.process.wait(10) == 0
+    assert not is_mounted(image.path)
+    with pytest.raises(OSError) as caught:
+        os.statvfs(used_elsewhere)
+    assert caught.value.errno == errno.ENOTCONN
+    assert image.end()["open_files"] == 0
+
+
 @pytest.mark.usefixtures("fuse_for_everybody")
 def test_an_ordinary_user_mounts_writes_and_reads(mounted: Mounted, tmp_path: Path) -> None:
     for parent in tmp_path.parents:
