@@ -49,14 +49,20 @@ def shared_directories(shared: Path, contender: Contender) -> list[Path]:
     return [shared / "all"] if contender.directories == 1 else [shared / "first", shared / "second"]
 
 
-def share(shared: Path, names: list[str], make: Callable[[Path], None]) -> None:
-    """Make images that each contender sees, be they in one directory or spread over two: the same files, linked."""
+def share(shared: Path, names: list[str], make: Callable[[Path], None], *, link: bool) -> None:
+    """Make images that each contender sees, be they in one directory or spread over two.
+
+    With `link` they are the same files, so that all find the same in the page cache.
+    """
     everything, halves = shared / "all", (shared / "first", shared / "second")
     for path in (everything, *halves):
         path.mkdir()
     for number, name in enumerate(names):
         make(everything / name)
-        (halves[number % 2] / name).hardlink_to(everything / name)
+        if link:
+            (halves[number % 2] / name).hardlink_to(everything / name)
+        else:
+            make(halves[number % 2] / name)
 
 
 class Workload(ABC):

@@ -61,7 +61,7 @@ class Names(Workload):
         )
 
     def prepare(self, shared: Path) -> None:
-        share(shared, [_name(number) for number in range(self.count)], Path.touch)
+        share(shared, [_name(number) for number in range(self.count)], Path.touch, link=False)
 
     def measure(self, seat: Seat) -> dict[Row, float]:
         return self._start_and_look_up(seat) | self._list(seat)

@@ -27,7 +27,7 @@ class Read(Workload):
         )
 
     def prepare(self, shared: Path) -> None:
-        share(shared, ["random", "ordered"], lambda path: write_image(path, self.size_mib * MIB))
+        share(shared, ["random", "ordered"], lambda path: write_image(path, self.size_mib * MIB), link=True)
 
     def measure(self, seat: Seat) -> dict[Row, float]:
         warm(seat.shared / "all" / "random")
@@ -60,7 +60,7 @@ class ReadAtOnce(Workload):
 
     def prepare(self, shared: Path) -> None:
         names = [name for count in self.processes for name in self._names(count)]
-        share(shared, names, lambda path: write_image(path, self.size_mib * MIB))
+        share(shared, names, lambda path: write_image(path, self.size_mib * MIB), link=True)
 
     def measure(self, seat: Seat) -> dict[Row, float]:
         measured = {}
@@ -90,7 +90,7 @@ class ConvertSparse(Workload):
         return f"qemu-img convert of a raw image of {self.size_mib:,} MiB with {self.data_mib:,} MiB of data to qcow2"
 
     def prepare(self, shared: Path) -> None:
-        share(shared, ["sparse"], self._make)
+        share(shared, ["sparse"], self._make, link=True)
 
     def _make(self, path: Path) -> None:
         write_image(path, self.data_mib * MIB)
