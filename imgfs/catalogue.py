@@ -26,6 +26,7 @@ from typing import BinaryIO
 from imgfs import identity, names, own_files
 from imgfs.datadir import Datadir, any_hangs
 from imgfs.errors import InvalidName
+from imgfs.pacing import Breathe, hold_breath, paced
 from imgfs.record import State
 from imgfs.xattrs import proc_path
 
@@ -45,6 +46,7 @@ LATEST_SECONDS = 15.0
 _SHARE_OF_TIME = 0.1
 _BATCH = 512
 _SLICE = 16
+_PACE = 128  # lines, or names that are only compared
 _BREATH_SECONDS = 0.01
 _END_SECONDS = 5.0
 _STUCK_SECONDS = 0.5
@@ -98,12 +100,12 @@ class Journal:
         self._lines = 0
         self._listed = 0
 
-    def read(self) -> dict[str, Listed]:
+    def read(self, breathe: Breathe = hold_breath) -> dict[str, Listed]:
         """What it lists; empty where there is none that can be read."""
         listed: dict[str, Listed] = {}
         lines = 0
         with contextlib.suppress(FileNotFoundError), open(self._open(os.O_RDONLY), "rb") as file:
-            for lines, line in enumerate(_lines(file), 1):  # noqa: B007 - counted
+            for lines, line in enumerate(paced(_lines(file), _PACE, breathe), 1):  # noqa: B007 - counted
                 said = parse(line)
                 if said is None:
                     continue
@@ -347,11 +349,11 @@ class Catalogue:
 
     def _correct(self, subject: Datadir, journal: Journal, there: Mapping[str, tuple[int, int]]) -> None:
         journal.tidy()
-        listed = journal.read()
+        listed = journal.read(self._breathe)
         lines: list[bytes] = []
         asked = 0
-        lines.extend(line_of(name, None) for name in listed if name not in there)
-        for name, (size, mtime_ns) in there.items():
+        lines.extend(line_of(name, None) for name in paced(listed, _PACE, self._breathe) if name not in there)
+        for name, (size, mtime_ns) in paced(there.items(), _PACE, self._breathe):
             known = listed.get(name)
             if known is None or known.state == State.STALE or (known.size, known.mtime_ns) != (size, mtime_ns):
                 line = _line_now(subject, name)

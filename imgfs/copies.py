@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from imgfs.datadir import Datadir, answers, any_hangs
 from imgfs.errors import NameDoubled
+from imgfs.pacing import Breathe, hold_breath, paced
 from imgfs.record import State
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ _END_SECONDS = 5.0
 _STUCK_SECONDS = 0.5
 _SLICE = 32
 _BREATH_SECONDS = 0.005
+_PACE = 512  # names that are only listed
 
 IsSaving = Callable[[os.stat_result], bool]
 Held = Callable[[str], AbstractContextManager[None]]
@@ -63,14 +65,14 @@ def _copies_in(datadir: Datadir, name: str, is_saving: IsSaving) -> list[Copy]:
     return [Copy(datadir, status, state)]
 
 
-def doubled(datadirs: Iterable[Datadir]) -> set[str]:
+def doubled(datadirs: Iterable[Datadir], breathe: Breathe = hold_breath) -> set[str]:
     """The names that lie in more than one of the datadirs that can be asked."""
     seen: set[str] = set()
     found: set[str] = set()
     for datadir in datadirs:
-        for here in answers([datadir], lambda datadir: {entry.name for entry in datadir.entries()}):
-            found |= seen & here
-            seen |= here
+        for here in answers([datadir], lambda datadir: [e.name for e in paced(datadir.entries(), _PACE, breathe)]):
+            for name in paced(here, _PACE, breathe):
+                (found if name in seen else seen).add(name)
     return found
 
 
@@ -130,7 +132,7 @@ class Copies:
 
     def _found_in_all(self) -> set[str]:
         try:
-            return doubled(self._datadirs)
+            return doubled(self._datadirs, lambda: self._closing.wait(_BREATH_SECONDS))
         except OSError as error:
             log.info("looking for images that lie in more than one datadir failed: %s", error)
             return set()
