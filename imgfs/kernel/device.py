@@ -18,6 +18,7 @@ _HEADERS = abi.fuse_in_header.size + abi.fuse_write_in.size
 _OUT_HEADER_SIZE = abi.fuse_out_header.size
 _pack_out_header = abi.fuse_out_header.pack
 _SMALL_BYTES = 4096  # to copy so little costs less than to write it as two parts
+_LARGE_BYTES = 64 << 10  # to copy so much costs more than room for the largest request; one seldom comes alone
 _GONE = frozenset({errno.ENODEV, errno.ECONNABORTED, errno.EBADF})
 _AGAIN = frozenset({errno.EINTR, errno.EAGAIN, errno.ENOENT})
 
@@ -38,6 +39,7 @@ class Device:
         self._buffer = bytearray(max(_HEADERS + max_write, abi.FUSE_MIN_READ_BUFFER))
         self._view = memoryview(self._buffer)
         self._max_write = max_write
+        self._large = False  # the request before was
 
     def clone(self) -> "Device":
         """Another descriptor of the same connection; OSError where the kernel has none."""
@@ -61,7 +63,12 @@ class Device:
         """The next request; None once the connection is gone (unmounted or aborted)."""
         while True:
             try:
-                return bytes(self._view[: os.readv(self.fd, (self._buffer,))])
+                if self._large:
+                    data = os.read(self.fd, len(self._buffer))
+                else:
+                    data = bytes(self._view[: os.readv(self.fd, (self._buffer,))])
+                self._large = len(data) >= _LARGE_BYTES
+                return data
             except OSError as error:
                 if error.errno in _GONE:
                     return None
