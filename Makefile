@@ -31,6 +31,7 @@ format: setup
 
 bench: # imgfs beside its peers, below 10 minutes; with ARGS (--help) only into build/benchmarks
 	tools/setup.sh bench
+	$(PYTHON_BIN)/python -m compileall -q imgfs benchmarks # as installed packages are
 	$(PYTHON_BIN)/python -m benchmarks $(or $(ARGS),--output docs/benchmarks --readme README.md)
 
 setup:
