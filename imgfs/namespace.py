@@ -545,20 +545,36 @@ class Namespace:
         not. Raises ImageNotFound, ImageExists where something that is no image has the name.
         """
         names.check(new)
+        with contextlib.ExitStack() as stack:
+            unchanging: Image | None = None
+            while (target := self._renamed(old, new, may_replace, unchanging)) is not None:
+                stack.close()
+                unchanging = target
+                stack.callback(self.let_go, unchanging)
+                stack.enter_context(unchanging.change_lock)
+
+    def _renamed(
+        self, old: str, new: str, may_replace: Callable[[Image], None], unchanging: Image | None
+    ) -> Image | None:
+        """None once it is done. Else the image, referenced, that would give way to one in another datadir: it must be
+        `unchanging`, for which the caller holds its change lock."""
         with self._names.held(old, new), self.image(old) as image:
             image.datadir.require_writable()
             if old == new:
-                return
+                return None
             self._require_single(old, new)
             with contextlib.ExitStack() as stack:
                 target = None
                 with contextlib.suppress(ImageNotFound):
                     target = stack.enter_context(self.image(new))
                 if target is image:
-                    return  # two names of one inode: rename(2) does nothing
+                    return None  # two names of one inode: rename(2) does nothing
                 if target is not None:
                     may_replace(target)
+                    if target.datadir is not image.datadir and target is not unchanging:
+                        return self.hold(target)
                 self._rename(image, old, new, target)
+        return None
 
     def exchange(self, one: str, other: str) -> None:
         """Swap the names of two images of one datadir, in one step; they stay what they are.
@@ -620,6 +636,9 @@ class Namespace:
 
     def _replace_elsewhere(self, image: Image, old: str, new: str, target: Image) -> None:
         """Two directories can't change in one step: a note on stable storage says which copy gives way.
+
+        Called under the change lock of `target`: after a crash, what was changed since the note counts as used on its
+        own, and is kept.
 
         Where the new copy can't be made durable, or the old one can't be removed, nothing has changed.
         """

@@ -274,13 +274,13 @@ class Sealer:
             raise Interrupted("the image was removed")
         if digests.size:  # an empty image has no bytes that must be there before its record
             image.sync()
-        self._set_permissions(image)
         with image.change_lock:
             if image.changes != changes or (image.unsealed and image.writing):
                 raise Interrupted("the image is being changed again")
             status = image.status()
             if (status.st_size, status.st_mtime_ns) != (digests.size, image.mtime_ns):
                 return False
+            self._set_permissions(image)
             self._record(image, digests, status.st_mtime_ns)
         return True
 

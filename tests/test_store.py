@@ -8,14 +8,16 @@ import os
 import random
 import resource
 import stat
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from imgfs import Added, Handle, ImageStore, State, resealing
+from imgfs import Added, Handle, ImageStore, State, load, resealing
 from imgfs.datadir import Datadir
 from imgfs.errors import (
     ImageExists,
@@ -33,7 +35,7 @@ from imgfs.errors import (
 )
 from imgfs.image import Image
 from tests.clients import note_replaced
-from tests.conftest import run, wait_until
+from tests.conftest import run, wait_until, write_config
 
 MIB = 1 << 20
 CONTENT = random.Random(11).randbytes(3 * MIB + 17)
@@ -856,6 +858,54 @@ def test_interrupted_replacement_is_completed_at_the_next_start(
     assert content(again, "y") == b"new"
     assert notes(tmp_path / "low") == []
     assert "the replacement of image 'y' was cut short" in caplog.text
+
+
+def crash_in_replacement(config: Path) -> None:
+    """What a process of its own does: rename `high/x` over `low/y`, whose last writer goes meanwhile, and end."""
+    sync = Datadir.sync
+    with ImageStore(load(config)) as store:
+        (config.parent / "high/x").write_bytes(b"new")
+        (config.parent / "low/y").write_bytes(b"old")
+        handle = store.open("y", os.O_RDWR)
+        store.write(handle, b"OLD", 0)
+
+        def sync_beside_a_seal(datadir: Datadir) -> None:
+            sync(datadir)
+            if datadir is store.datadirs[0]:  # right before the old image is to go
+                seal = threading.Thread(target=store.close_handle, args=(handle,), daemon=True)
+                seal.start()
+                seal.join(0.3)
+                time.sleep(0.3)
+
+        setattr(Datadir, "sync", sync_beside_a_seal)  # noqa: B010
+        setattr(Datadir, "unlink", lambda *_: os._exit(7))  # noqa: B010
+        store.rename("x", "y")
+
+
+def test_image_that_gives_way_is_not_sealed_meanwhile(open_store: OpenStore, tmp_path: Path) -> None:
+    config = write_config(tmp_path, file_perm="0640")
+    call = f"from tests.test_store import *; crash_in_replacement(Path({str(config)!r}))"
+    assert run(sys.executable, "-c", call, check=False, cwd=Path(__file__).parents[1]).returncode == 7
+    assert files(tmp_path / "high", tmp_path / "low") == ["y", "y"]
+    again = open_store()
+    assert files(tmp_path / "high", tmp_path / "low") == ["y"]
+    assert content(again, "y") == b"new"
+    assert notes(tmp_path / "low") == []
+
+
+def test_rename_waits_for_the_writes_of_what_gives_way_elsewhere(store: ImageStore, placed: Placed) -> None:
+    """And finds what has the name by then."""
+    placed("high", "x", b"new")
+    placed("low", "y", b"old")
+    with store.image("y") as image:
+        with image.change_lock:
+            rename = threading.Thread(target=store.rename, args=("x", "y"))
+            rename.start()
+            rename.join(0.2)
+            assert rename.is_alive()
+            store.rename("y", "z")
+        rename.join()
+    assert {name: content(store, name) for name in store.names()} == {"y": b"new", "z": b"old"}
 
 
 def test_replacement_that_was_never_begun_changes_nothing(open_store: OpenStore, tmp_path: Path) -> None:
