@@ -157,9 +157,9 @@ class Datadir:
         self.path = config.path
         self.priority = config.priority
         self.tag = 1
-        self._gone: dict[str, int] = {}  # guarded by _gone_lock: names that left since a sync, and the how-manieth
-        self._gone_count = 0  # guarded by _gone_lock
-        self._gone_lock = threading.Lock()
+        self._unsettled: dict[str, int] = {}  # guarded by _unsettled_lock: names that changed, and the how-manieth
+        self._changes = 0  # guarded by _unsettled_lock: of what names lead to
+        self._unsettled_lock = threading.Lock()
         self.identities: dict[int, int] = {}  # of relocated images: inode number -> what they were known by before
         self._read_only_until = 0.0  # on the monotonic clock: no new images until then; 0: it is not read-only
         self.marked_as = known_as
@@ -385,16 +385,17 @@ class Datadir:
     def unlink(self, name: str) -> None:
         """Remove a name; what is kept for the inode goes with it."""
         os.unlink(name, dir_fd=self.fd)
-        self._note_gone(name)
+        self._unsettle(name)
 
     def rename(self, old: str, new: str) -> None:
         """Rename within the datadir, in one step (rename(2))."""
         os.rename(old, new, src_dir_fd=self.fd, dst_dir_fd=self.fd)
-        self._note_gone(old)
+        self._unsettle(old, new)
 
     def exchange(self, one: str, other: str) -> None:
         """Swap two names in one step (renameat2(2))."""
         linux.exchange(self.fd, one, other)
+        self._unsettle(one, other)
 
     def entries(self) -> Iterator[Entry]:
         """The images here, in the directory's order; symlinks, pipes and directories are no images."""
@@ -454,31 +455,32 @@ class Datadir:
 
     def sync(self) -> None:
         """Put the directory's entries on stable storage."""
-        settled = self._gone_count
+        settled = self._changes
         os.fsync(self.fd)
-        with self._gone_lock:
-            if self._gone:
-                self._gone = {name: count for name, count in self._gone.items() if count > settled}
+        with self._unsettled_lock:
+            if self._unsettled:
+                self._unsettled = {name: at for name, at in self._unsettled.items() if at > settled}
 
     def is_unsettled(self) -> bool:
-        """Whether names are gone from here, and a power cut might bring them back."""
-        return bool(self._gone)
+        """Whether names were changed here, and a power cut might undo that."""
+        return bool(self._unsettled)
 
     def settle(self, name: str) -> None:
-        """Have it durable that a name is gone from here, if it ever was: it is about to appear in another datadir.
+        """Have it durable what a name leads to here, or that it is gone: it is about to appear in another datadir.
 
         Raises DatadirOffline where that can't be had.
         """
-        if name in self._gone:
+        if name in self._unsettled:
             self.require_online()
             self.sync()
 
-    def _note_gone(self, name: str) -> None:
-        with self._gone_lock:
-            self._gone_count += 1
-            self._gone[name] = self._gone_count
-        if len(self._gone) > MOST_UNSYNCED_NAMES:
-            with contextlib.suppress(OSError):  # the name is gone all the same; they are synced later
+    def _unsettle(self, *changed: str) -> None:
+        with self._unsettled_lock:
+            self._changes += 1
+            for name in changed:
+                self._unsettled[name] = self._changes
+        if len(self._unsettled) > MOST_UNSYNCED_NAMES:
+            with contextlib.suppress(OSError):  # it is done all the same; they are synced later
                 self.sync()
 
     # --- replacing an image by one in another datadir ---

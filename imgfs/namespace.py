@@ -468,6 +468,7 @@ class Namespace:
                 raise ImageNotFound(f"{name!r} is another file by now")
             if any(datadir.has_any(name) for datadir in self.online() if datadir is not old):
                 raise ImageExists(f"{name!r} is in more than one datadir")
+            self._settle_elsewhere(name, transit.datadir)
             # Known by both files, so that whoever finds either finds the image; no number is used again meanwhile.
             transit.datadir.take_over(transit.ino, old.identity(key[1]))
             new_key = key_of(os.fstat(transit.fd))

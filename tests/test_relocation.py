@@ -864,6 +864,41 @@ def test_many_writers_on_disks_that_fill_up_lose_nothing(filesystem: Filesystem,
 
 # --- crashes ---
 
+
+@pytest.mark.parametrize("change", ["delete", "rename", "exchange"])
+def test_what_had_the_name_before_does_not_come_back_beside_a_relocated_image(
+    filesystem: Filesystem, open_store: OpenStore, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """By a power cut: so the change of the name is durable before it appears in another datadir."""
+    places = [filesystem("tmpfs", 8), filesystem("tmpfs", 32)]
+    store = open_store([f"{places[0]}:200", f"{places[1]}:100"])
+    store.add("x", [b"before"])
+    store.add("y", [b"after"])
+    steps: list[str] = []
+    sync, arrive = Datadir.sync, transit.Transit.arrive
+    if change == "delete":
+        store.delete("x")
+        handle = store.create("x")
+    else:
+        (store.rename if change == "rename" else store.exchange)("y", "x")
+        handle = store.open("x", os.O_RDWR)
+
+    def watched_sync(datadir: Datadir) -> None:
+        sync(datadir)
+        steps.append(datadir.path)
+
+    def watched_arrive(self: transit.Transit, name: str) -> None:
+        steps.append("arrival")
+        arrive(self, name)
+
+    monkeypatch.setattr(Datadir, "sync", watched_sync)
+    monkeypatch.setattr(transit.Transit, "arrive", watched_arrive)
+    for at in range(12):
+        store.write(handle, b"n" * MIB, at * MIB)
+    assert steps[:2] == [str(places[0]), "arrival"]
+    store.close_handle(handle)
+
+
 STEPS = {
     "announce": (transit.Transit, "announce"),
     "arrive": (transit.Transit, "arrive"),
