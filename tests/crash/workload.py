@@ -149,10 +149,11 @@ def _write_all(write: Callable[[Any], int | None], content: bytes) -> None:
             view = view[write(view) or 0 :]
 
 
-def _write_from(write: Callable[[bytes, int], int], content: bytes, offset: int) -> None:
-    for at in range(0, len(content), 1 << 17):
-        chunk = content[at : at + (1 << 17)]
-        assert write(chunk, offset + at) == len(chunk)
+def _write_from(write: Callable[[memoryview, int], int], content: bytes, offset: int) -> None:
+    """A disk that is full takes less than it is given; the next write tells."""
+    view, done = memoryview(content), 0
+    while done < len(view):
+        done += write(view[done : done + (1 << 17)], offset + done)
 
 
 class Notebook:
