@@ -295,6 +295,7 @@ class Filesystem:
         return b""
 
     def release(self, header: Header, request: requests.ReleaseIn) -> Payload:
+        self._handles.begin_release(request.fh)
         try:
             self._call("release", self._nodes.get(header.nodeid).path, request.fh)
         finally:

@@ -28,6 +28,7 @@ class Handle:
     flags: int
     open_flags: int
     flushed: bool = False
+    releasing: bool = False
     privileges_dropped: bool = False
 
     @property
@@ -104,10 +105,10 @@ class Handles:
             return list(self._handles.values())
 
     def any_of(self, nodeid: int) -> int | None:
-        """Some open handle of the inode."""
+        """Some open handle of the inode, but none that is being released."""
         with self._lock:
             inode = self._inodes.get(nodeid)
-            return next(iter(inode.handles)) if inode else None
+            return next((fh for fh, handle in inode.handles.items() if not handle.releasing), None) if inode else None
 
     def of(self, nodeid: int) -> list[Handle]:
         """All open handles of the inode."""
@@ -131,6 +132,12 @@ class Handles:
             handle.open_flags = open_flags(handle.writes, inode.handles.values(), passed_through)
             inode.handles[fh] = self._handles[fh] = handle
             return OpenMode(handle.open_flags, inode.backing_id)
+
+    def begin_release(self, fh: int) -> None:
+        """The operations are about to forget a handle; what that sets off may take a while."""
+        with self._lock:
+            if fh in self._handles:
+                self._handles[fh].releasing = True
 
     def remove(self, fh: int) -> None:
         """Drop a handle; the last one of an inode gives its backing id back."""

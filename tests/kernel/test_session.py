@@ -377,6 +377,25 @@ def test_attributes_are_asked_again_where_the_handle_that_was_asked_is_closed_me
     assert script.of("status") == [("status", "/a", 3), ("status", "/a", None)]
 
 
+def test_a_request_beside_the_release_of_the_last_handle_goes_by_the_name() -> None:
+    """chmod(2) right after close(2): the operations know no such handle any more, but the release is not over yet."""
+    talk, other = Talk(), Recorder()
+    talk.say(abi.FUSE_LOOKUP, b"a\0")
+    talk.say(abi.FUSE_OPEN, bytes(8), nodeid=2)
+    chmod = abi.fuse_setattr_in.pack(abi.FATTR_MODE, *[0] * 9, 0o600, 0, 0)
+    request = abi.fuse_in_header.pack(40 + len(chmod), abi.FUSE_SETATTR, 9, 2, 5, 6, 7, 0, 0) + chmod
+
+    def known(*arguments: Any) -> Status:
+        if arguments[-1] is not None:
+            raise OSError(errno.EBADF, "closed")
+        return STATUS
+
+    script = Script(talk, status=known, chmod=known, release=lambda *_: talk.session._answer(other, request))  # type: ignore[arg-type]
+    talk.say(abi.FUSE_RELEASE, abi.fuse_release_in.pack(3, 0, 0, 0), nodeid=2)
+    assert script.of("chmod") == [("chmod", "/a", 0o600, None)]
+    assert [len(reply) for _, reply in other.replies] == [abi.fuse_attr_out.size]
+
+
 def test_an_error_of_the_callers_own_handle_is_shown() -> None:
     talk = Talk()
     talk.say(abi.FUSE_LOOKUP, b"a\0")
