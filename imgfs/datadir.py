@@ -157,8 +157,8 @@ class Datadir:
         self.path = config.path
         self.priority = config.priority
         self.tag = 1
-        self._unsettled: dict[str, int] = {}  # guarded by _unsettled_lock: names that changed, and the how-manieth
         self._changes = 0  # guarded by _unsettled_lock: of what names lead to
+        self._unsettled: dict[str, int] = {}  # guarded by _unsettled_lock: name -> its latest change since a sync
         self._unsettled_lock = threading.Lock()
         self.identities: dict[int, int] = {}  # of relocated images: inode number -> what they were known by before
         self._read_only_until = 0.0  # on the monotonic clock: no new images until then; 0: it is not read-only

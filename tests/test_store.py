@@ -875,7 +875,7 @@ def crash_in_replacement(config: Path) -> None:
                 seal = threading.Thread(target=store.close_handle, args=(handle,), daemon=True)
                 seal.start()
                 seal.join(0.3)
-                time.sleep(0.3)
+                time.sleep(0.3)  # the seal itself is another thread's
 
         setattr(Datadir, "sync", sync_beside_a_seal)  # noqa: B010
         setattr(Datadir, "unlink", lambda *_: os._exit(7))  # noqa: B010
